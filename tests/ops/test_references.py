@@ -1,0 +1,89 @@
+"""The plain-PyTorch references: finite differences in fp64, and agreement with stock PyTorch where it has the op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ptv2_engine import ops
+from ptv2_engine.testing import cu_seqlens_of, random_prefix, random_qkv
+
+DROPOUT = {"dropout_p": 0.2, "seed": 5, "site": 3}
+
+
+@pytest.fixture(autouse=True)
+def on_the_reference():
+    with ops.use_backend("reference"):
+        yield
+
+
+@pytest.mark.parametrize("prompt_length", [0, 1, 5])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_prefix_attention_gradcheck(prompt_length, dropout):
+    lengths = [3, 0, 1, 4]
+    qkv = random_qkv(lengths, 2, 8, torch.float64).requires_grad_()
+    pk, pv = (p.requires_grad_() for p in random_prefix(2, prompt_length, 2, 8, torch.float64))
+    prompts = {"prompt_ids": torch.tensor([0, 1, 1, 0]), "prompt_lengths": torch.tensor([prompt_length, prompt_length // 2])}
+
+    def run(qkv, pk, pv):
+        return ops.prefix_attention_qkv(qkv, pk, pv, cu_seqlens_of(lengths), 4, **prompts, dropout_p=dropout,
+                                        prefix_dropout_p=dropout, seed=5, site=3)
+
+    assert torch.autograd.gradcheck(run, (qkv, pk, pv))
+
+
+def test_prefix_attention_equals_sdpa_on_concatenated_keys():
+    lengths = [7, 1, 12]
+    qkv, (pk, pv) = random_qkv(lengths, 3, 16, torch.float64), random_prefix(1, 5, 3, 16, torch.float64)
+    out = ops.prefix_attention(*qkv.unbind(1), pk, pv, cu_seqlens_of(lengths), 12)
+    start = 0
+    for length in lengths:
+        q, k, v = (x.transpose(0, 1) for x in qkv[start:start + length].unbind(1))
+        k, v = (torch.cat((p[0].transpose(0, 1), x), 1) for p, x in ((pk, k), (pv, v)))
+        expected = F.scaled_dot_product_attention(q[None], k[None], v[None])[0].transpose(0, 1)
+        torch.testing.assert_close(out[start:start + length], expected, rtol=1e-12, atol=1e-12)
+        start += length
+
+
+def test_prompts_of_a_bank_do_not_mix():
+    lengths = [6, 6]
+    qkv, (pk, pv) = random_qkv([6], 2, 8, torch.float64).repeat(2, 1, 1, 1), random_prefix(2, 4, 2, 8, torch.float64)
+    both = ops.prefix_attention_qkv(qkv, pk, pv, cu_seqlens_of(lengths), 6, prompt_ids=torch.tensor([0, 1]),
+                                    prompt_lengths=torch.tensor([4, 2]))
+    for i, rows in enumerate((4, 2)):
+        alone = ops.prefix_attention_qkv(qkv[:6], pk[i:i + 1, :rows], pv[i:i + 1, :rows], cu_seqlens_of([6]), 6)
+        torch.testing.assert_close(both[6 * i:6 * i + 6], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_prefix_dropout_is_drawn_per_sequence():
+    qkv, (pk, pv) = random_qkv([4], 2, 8, torch.float64).repeat(2, 1, 1, 1), random_prefix(1, 6, 2, 8, torch.float64)
+    out = ops.prefix_attention_qkv(qkv, pk, pv, cu_seqlens_of([4, 4]), 4, prefix_dropout_p=0.5, seed=1)
+    assert not torch.allclose(out[:4], out[4:])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_add_norm_gradcheck(dropout):
+    x, residual = (torch.randn(5, 12, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = torch.rand(12, dtype=torch.float64) + 0.5, torch.randn(12, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, r: ops.add_norm(x, r, weight, bias, 1e-5, dropout_p=dropout, seed=2, site=1),
+                                    (x, residual))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_linear_gelu_gradcheck(approximate):
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: ops.linear_gelu(x, weight, bias, approximate=approximate), (x,))
+    assert torch.autograd.gradcheck(lambda x: ops.frozen_linear(x, weight, bias), (x,))
+
+
+def test_embedding_equals_its_definition():
+    torch.manual_seed(0)
+    word, position, types = (torch.randn(n, 8, dtype=torch.float64) for n in (20, 10, 2))
+    weight, bias = torch.rand(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    ids, positions = torch.tensor([3, 19, 0]), torch.tensor([0, 9, 4])
+    for token_types, rows in ((None, [0, 0, 0]), (torch.tensor([1, 0, 1]), [1, 0, 1])):
+        x = torch.stack([word[i] + position[p] + types[t] for i, p, t in zip(ids, positions, rows, strict=True)])
+        expected = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-12).sqrt() * weight + bias
+        torch.testing.assert_close(ops.embedding(ids, positions, token_types, word, position, types, weight, bias, 1e-12), expected)
