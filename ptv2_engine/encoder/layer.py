@@ -1,0 +1,82 @@
+"""One post-LN encoder layer: five ops, the equations of BERT.
+
+    q, k, v = x Wqkv + b                                             frozen_linear
+    o = softmax(q [Pk ; k]^T / sqrt(D)) [Pv ; v]                     prefix_attention
+    x = LayerNorm(dropout(o Wo + b) + x)                             frozen_linear, add_norm
+    x = LayerNorm(dropout(gelu(x W1 + b) W2 + b) + x)                linear_gelu, frozen_linear, add_norm
+
+Saved for backward in bf16: q, k, v 6H, x_hat twice 4H, the GELU code 4H bytes a token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptv2_engine.encoder.config import EncoderConfig
+from ptv2_engine.ops import FrozenLinear, add_norm, linear_gelu, prefix_attention_qkv
+
+SITES = 4      # Philox call sites a layer: 0 attention, 1 add_norm after attention, 2 add_norm after the FFN
+
+
+class Prefix(NamedTuple):
+    """The materialised prompt: one copy of keys and values a layer, shared by the batch. It lives for one step."""
+
+    k: list[Tensor | None]             # a layer: [K, P, N, D], or None where the layer has no prompt
+    v: list[Tensor | None]
+    length: int                        # P
+    prompt_lengths: Tensor | None      # int64 [K]: rows in use, None: all P
+    dropout_p: float                   # drawn anew for each sequence; 0 outside training
+
+
+class Step(NamedTuple):
+    """What all layers of one forward pass share."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    prompt_ids: Tensor | None
+    prompt_lengths: Tensor | None
+    prefix_dropout: float
+    hidden_dropout: float
+    attention_dropout: float
+    seed: Tensor | None
+
+
+def frozen(*shape: int, like: torch.device | str = "meta") -> nn.Parameter:
+    """An unfilled frozen parameter; loading assigns it."""
+    return nn.Parameter(torch.empty(shape, device=like), requires_grad=False)
+
+
+def frozen_linear_of(out_features: int, in_features: int) -> FrozenLinear:
+    return FrozenLinear(torch.empty(out_features, in_features, device="meta"), torch.empty(out_features, device="meta"))
+
+
+class EncoderLayer(nn.Module):
+    """x_TH -> x_TH, with the layer's prefix [K, P, N, D] as an argument: the layer never holds it."""
+
+    def __init__(self, config: EncoderConfig, index: int) -> None:
+        super().__init__()
+        H, F = config.hidden_size, config.ffn_size
+        self.index, self.num_heads, self.head_dim = index, config.num_heads, config.head_dim
+        self.eps, self.activation = config.layer_norm_eps, config.activation
+        self.qkv = frozen_linear_of(3 * H, H)
+        self.attn_out = frozen_linear_of(H, H)
+        self.attn_norm_weight, self.attn_norm_bias = frozen(H), frozen(H)
+        self.ffn_up = frozen_linear_of(F, H)
+        self.ffn_down = frozen_linear_of(H, F)
+        self.ffn_norm_weight, self.ffn_norm_bias = frozen(H), frozen(H)
+
+    def forward(self, x_TH: Tensor, step: Step, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None) -> Tensor:
+        site = SITES * self.index
+        qkv_T3ND = self.qkv(x_TH).view(x_TH.shape[0], 3, self.num_heads, self.head_dim)
+        o_TND = prefix_attention_qkv(
+            qkv_T3ND, prefix_k_KPND, prefix_v_KPND, step.cu_seqlens, step.max_seqlen, prompt_ids=step.prompt_ids,
+            prompt_lengths=step.prompt_lengths, dropout_p=step.attention_dropout, prefix_dropout_p=step.prefix_dropout,
+            seed=step.seed, site=site)
+        x_TH = add_norm(self.attn_out(o_TND.flatten(1)), x_TH, self.attn_norm_weight, self.attn_norm_bias, self.eps,
+                        dropout_p=step.hidden_dropout, seed=step.seed, site=site + 1)
+        h_TF = linear_gelu(x_TH, self.ffn_up, approximate=self.activation)
+        return add_norm(self.ffn_down(h_TF), x_TH, self.ffn_norm_weight, self.ffn_norm_bias, self.eps,
+                        dropout_p=step.hidden_dropout, seed=step.seed, site=site + 2)

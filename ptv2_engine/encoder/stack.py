@@ -1,0 +1,108 @@
+"""The frozen encoder: embeddings, the loop over layers, the pooler.
+
+Where the graph starts: nothing below the lowest prompted layer requires grad, so those layers are plain inference, and in
+that layer only the prefix gradient is computed. No flag says so; it follows from what requires grad.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptv2_engine.encoder.config import EncoderConfig
+from ptv2_engine.encoder.embeddings import Embeddings, insert_rows
+from ptv2_engine.encoder.layer import SITES, EncoderLayer, Prefix, Step, frozen_linear_of
+from ptv2_engine.ops import FrozenLinear
+from ptv2_engine.packing import PackedBatch
+
+
+class Encoder(nn.Module):
+    """A frozen pretrained encoder on packed batches. Made by `Encoder.from_pretrained`; its parameters never train."""
+
+    def __init__(self, config: EncoderConfig, with_pooler: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.num_layers))
+        self.pooler: FrozenLinear | None = frozen_linear_of(config.hidden_size, config.hidden_size) if with_pooler else None
+        self.hidden_dropout = config.hidden_dropout
+        self.attention_dropout = config.attention_dropout
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *, dtype: torch.dtype | None = None,
+                        device: str | torch.device = "cpu") -> Encoder:
+        """Load a checkpoint: hub id, local folder, or a transformers model in memory. See weights.load_encoder."""
+        from ptv2_engine.encoder.weights import load_encoder
+
+        return load_encoder(source, dtype=dtype, device=device)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embeddings.word.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.word.device
+
+    def packed_bytes(self) -> int:
+        """Bytes of weights packed for oneDNN, beside the plain ones."""
+        return sum(m.packed_bytes() for m in self.modules() if isinstance(m, FrozenLinear))
+
+    def _shift(self, batch: PackedBatch, length: int, prompt_lengths: Tensor | None) -> Tensor | int:
+        if prompt_lengths is None or not length:
+            return length
+        ids = prompt_lengths.new_zeros(batch.num_sequences) if batch.prompt_ids is None else batch.prompt_ids
+        return prompt_lengths[ids][batch.sequence_of_token()]
+
+    def forward(self, batch: PackedBatch, prefix: Prefix | None = None, *, input_prompt_KPE: Tensor | None = None,
+                prompt_lengths: Tensor | None = None, seed: Tensor | None = None, shift_positions: bool = True) -> Tensor:
+        """The last hidden states of a packed batch.
+
+        Arguments:
+            batch: T tokens of B sequences.
+            prefix: keys and values for the prompted layers (P-Tuning v2).
+            input_prompt_KPE: trainable input embeddings [K, P, E] in front of every sequence (prompt tuning, P-tuning);
+                prompt_lengths int64 [K] says how many rows of each are used.
+            seed: int64 tensor [1] on the device; drawn from torch's generator when a dropout is on and it is None.
+            shift_positions: tokens take the positions behind the prompt, as published.
+        Returns:
+            x_TH [T, H]: rows of the tokens only.
+        Raises:
+            SequenceTooLong, InputError.
+        """
+        length = prefix.length if prefix is not None else 0 if input_prompt_KPE is None else input_prompt_KPE.shape[1]
+        lengths = prefix.prompt_lengths if prefix is not None else prompt_lengths
+        shifts = shift_positions or input_prompt_KPE is not None
+        self.config.check_length(batch.max_seqlen, length, shifts)
+        if batch.input_ids_T.device.type == "cpu":
+            self.embeddings.validate(batch)
+        hidden, attention = (self.hidden_dropout, self.attention_dropout) if self.training else (0.0, 0.0)
+        prefix_dropout = prefix.dropout_p if prefix is not None and self.training else 0.0
+        if seed is None and max(hidden, attention, prefix_dropout) > 0:
+            seed = torch.randint(2**62, (1,)).to(self.device, non_blocking=True)
+
+        x_TH = self.embeddings(batch, self._shift(batch, length, lengths) if shifts else 0, hidden, seed,
+                               SITES * len(self.layers))
+        cu_seqlens, max_seqlen, token_rows = batch.cu_seqlens, batch.max_seqlen, None
+        if input_prompt_KPE is not None:
+            rows = self.embeddings.prompt_rows(input_prompt_KPE.to(self.dtype))
+            x_TH, cu_seqlens, token_rows, max_seqlen = insert_rows(x_TH, batch, rows, prompt_lengths, hidden)
+        step = Step(cu_seqlens, max_seqlen, batch.prompt_ids, None if prefix is None else prefix.prompt_lengths, prefix_dropout,
+                    hidden, attention, seed)
+        for i, layer in enumerate(self.layers):
+            x_TH = layer(x_TH, step, *((None, None) if prefix is None else (prefix.k[i], prefix.v[i])))
+        return x_TH if token_rows is None else x_TH.index_select(0, token_rows)
+
+    def first_tokens(self, x_TH: Tensor, batch: PackedBatch) -> Tensor:
+        """[B, H]: each sequence's first token; zeros for an empty sequence."""
+        if not batch.num_tokens:
+            return x_TH.new_zeros(batch.num_sequences, x_TH.shape[1])
+        rows = batch.cu_seqlens[:-1].long().clamp(max=batch.num_tokens - 1)
+        return x_TH.index_select(0, rows) * (batch.lengths() > 0).to(x_TH.dtype)[:, None]
+
+    def pool(self, first_BH: Tensor) -> Tensor:
+        """The pretrained, frozen pooler: tanh(x W + b)."""
+        assert self.pooler is not None, "this checkpoint has no pooler"
+        return torch.tanh(self.pooler(first_BH))
