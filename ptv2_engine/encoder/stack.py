@@ -15,7 +15,7 @@ from ptv2_engine.encoder.config import EncoderConfig
 from ptv2_engine.encoder.embeddings import Embeddings, insert_rows
 from ptv2_engine.encoder.layer import SITES, EncoderLayer, Prefix, Step, frozen_linear_of
 from ptv2_engine.ops import FrozenLinear
-from ptv2_engine.packing import PackedBatch
+from ptv2_engine.packing import PackedBatch, from_packed
 
 
 class Encoder(nn.Module):
@@ -94,6 +94,18 @@ class Encoder(nn.Module):
         for i, layer in enumerate(self.layers):
             x_TH = layer(x_TH, step, *((None, None) if prefix is None else (prefix.k[i], prefix.v[i])))
         return x_TH if token_rows is None else x_TH.index_select(0, token_rows)
+
+    @torch.no_grad()
+    def keys_values(self, ids_P: Tensor) -> Tensor:
+        """fp32 [L, 2, P, H]: the keys and values of one sequence of tokens in every layer, without dropout."""
+        batch = from_packed(ids_P, torch.tensor([ids_P.shape[0]], device=ids_P.device), uncounted_id=self.config.uncounted_id)
+        step = Step(batch.cu_seqlens, batch.max_seqlen, None, None, 0.0, 0.0, 0.0, None)
+        x_TH = self.embeddings(batch, 0, 0.0, None, 0)
+        found = []
+        for layer in self.layers:
+            found.append(layer.qkv(x_TH).float().unflatten(1, (3, -1))[:, 1:].transpose(0, 1))
+            x_TH = layer(x_TH, step, None, None)
+        return torch.stack(found)
 
     def first_tokens(self, x_TH: Tensor, batch: PackedBatch) -> Tensor:
         """[B, H]: each sequence's first token; zeros for an empty sequence."""

@@ -41,7 +41,7 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
-        self._packed: dict[str, tuple[tuple[int, int], Tensor]] = {}
+        self._packed: dict[str, tuple[tuple[int, int, torch.dtype], Tensor]] = {}
 
     @property
     def in_features(self) -> int:
@@ -67,7 +67,7 @@ class FrozenLinear(nn.Module):
     def packed(self, direction: str) -> Tensor:
         """W reordered by oneDNN: "forward" for x W^T, "backward" for dY W."""
         weight = self.weight
-        key = (weight.data_ptr(), weight._version)
+        key = (weight.data_ptr(), weight._version, weight.dtype)
         held = self._packed.get(direction)
         if held is None or held[0] != key:
             plain = weight.detach() if direction == "forward" else weight.detach().t().contiguous()

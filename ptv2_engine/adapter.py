@@ -1,0 +1,220 @@
+"""Adapter folders: adapter_model.safetensors (prompt and head) and adapter_config.json, written atomically.
+
+The tensors carry PEFT's names and the prompt PEFT's (and the published code's) layout, so where PEFT can express the
+adapter the folder *is* a PEFT PREFIX_TUNING adapter. What PEFT cannot hold (backbone fingerprint, prompt layers, labels,
+the reparameterization's weights, banks of several prompts) lies in a `ptv2` section and under `ptv2.` keys. The whole
+configuration is repeated in the safetensors header: that one file is complete by itself and is replaced in one step, so a
+crash leaves the old adapter or the new one. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ptv2_engine import __version__
+from ptv2_engine.encoder import load_encoder
+from ptv2_engine.encoder.checkpoints import open_safetensors
+from ptv2_engine.errors import AdapterError, AdapterMismatch, CheckpointError, OutputError
+from ptv2_engine.prompt import PromptBank, PromptConfig
+
+if TYPE_CHECKING:
+    from ptv2_engine.model import PromptedModel
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PEFT_TASK = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+_OWN = "ptv2."          # keys that only this package reads
+
+
+def peft_obstacles(model: PromptedModel) -> list[str]:
+    """Why PEFT's PREFIX_TUNING cannot express this adapter; empty when it can."""
+    prompt, encoder = model.prompt_config, model.encoder.config
+    reasons = []
+    if prompt.method != "deep":
+        reasons.append(f"method {prompt.method!r} (PEFT pools another token for input prompts)")
+    elif prompt.layers(encoder.num_layers) != list(range(encoder.num_layers)):
+        reasons.append(f"prompt_layers {prompt.prompt_layers!r} (PEFT prompts every layer)")
+    if prompt.num_prompts > 1:
+        reasons.append(f"num_prompts {prompt.num_prompts}")
+    if prompt.prompt_lengths is not None:
+        reasons.append(f"prompt_lengths {prompt.prompt_lengths}")
+    if not model.shift_positions:
+        reasons.append("shift_positions=False")
+    if encoder.family == "bert" and model.task == "sequence-classification" and model.pooler_kind == "trained":
+        reasons.append("a trained pooler on BERT")
+    return reasons
+
+
+def _head_tensors(model: PromptedModel) -> dict[str, Tensor]:
+    """The head under PEFT's names. RoBERTa's frozen pooler + classifier is its dense + out_proj (equal in eval mode)."""
+    head, encoder = model.head, model.encoder
+    classifier = {w: getattr(head.classifier, w) for w in ("weight", "bias")}
+    dense = getattr(head, "dense", None)
+    if model.task == "sequence-classification" and (dense is not None or encoder.config.family != "bert"):
+        dense = encoder.pooler if dense is None else dense
+        return {f"base_model.classifier.{n}.{w}": t for n, m in (("dense", dense), ("out_proj", head.classifier))
+                for w, t in (("weight", m.weight), ("bias", m.bias))}
+    return {f"base_model.classifier.{w}": t for w, t in classifier.items()}
+
+
+def tensors_of(model: PromptedModel, peft_only: bool = False) -> dict[str, Tensor]:
+    """Name -> fp32 CPU tensor of everything the file holds."""
+    found = _head_tensors(model)
+    if model.prompt is not None:
+        rows_KPW = model.prompt.rows()
+        found["prompt_embeddings"] = rows_KPW[0] if rows_KPW.shape[0] == 1 else rows_KPW
+        if model.prompt_config.reparameterization is not None and not peft_only:
+            found |= {f"{_OWN}prompt.{name}": p for name, p in model.prompt.named_parameters()}
+    return {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in found.items()}
+
+
+def config_of(model: PromptedModel, peft_only: bool = False) -> dict[str, Any]:
+    """PEFT's keys and the ptv2 section."""
+    encoder, prompt = model.encoder.config, model.prompt_config
+    location = model.origin.location
+    if os.path.isdir(location):
+        location = os.path.abspath(location)
+    config: dict[str, Any] = {
+        "peft_type": "PTV2" if peft_obstacles(model) else "PREFIX_TUNING", "task_type": _PEFT_TASK[model.task],
+        "base_model_name_or_path": location, "num_virtual_tokens": prompt.prompt_length, "token_dim": encoder.hidden_size,
+        "num_layers": encoder.num_layers, "num_attention_heads": encoder.num_heads, "num_transformer_submodules": 1,
+        "encoder_hidden_size": encoder.hidden_size, "prefix_projection": False, "modules_to_save": ["classifier", "score"],
+        "inference_mode": True, "auto_mapping": None, "revision": None,
+    }
+    if not peft_only:
+        config["ptv2"] = {
+            "version": __version__, "backbone": location, "backbone_hash": model.origin.weights_hash, "task": model.task,
+            "id2label": model.id2label, "problem_type": model.problem_type, "pooler": model.pooler_kind,
+            "shift_positions": model.shift_positions, "prompt": prompt.to_dict(), "tokenizer": location,
+        }
+    return config
+
+
+def save(model: PromptedModel, folder: str | Path, peft_only: bool = False) -> None:
+    """Write the adapter. Raises AdapterError (peft_only and PEFT cannot express it) or OutputError, before any write."""
+    if peft_only and (obstacles := peft_obstacles(model)):
+        raise AdapterError(f"PEFT's PREFIX_TUNING cannot express {'; '.join(obstacles)}; use save_pretrained, which can.")
+    from safetensors.torch import save as serialise
+
+    config = json.dumps(config_of(model, peft_only), indent=2)
+    metadata = {"format": "pt"} if peft_only else {"format": "pt", "ptv2_config": config}
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / TENSORS, serialise(tensors_of(model, peft_only), metadata))
+        replace_file(folder / CONFIG, config.encode())
+    except OSError as error:
+        raise OutputError(f"cannot write the adapter to {folder} ({error.strerror or error}); "
+                          "choose a folder you may write to, with free space.") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old content or the new: temporary neighbour, flush to disk, rename."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the header's metadata of a safetensors file. Raises AdapterError or CheckpointError."""
+    if not file.is_file():
+        pickled = file.with_name("adapter_model.bin")
+        hint = (f"it has {pickled.name}, a pickle; save it again with safetensors" if pickled.is_file()
+                else "pass the folder that save_pretrained wrote")
+        raise AdapterError(f"{file.parent} holds no {file.name}; {hint}.")
+    handle = open_safetensors(file)
+    return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+
+
+def read_config(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The configuration in the header, else adapter_config.json. Raises CheckpointError when that is not JSON."""
+    try:
+        if "ptv2_config" in metadata:
+            return json.loads(metadata["ptv2_config"])
+        return json.loads((folder / CONFIG).read_text())
+    except FileNotFoundError:
+        raise AdapterError(f"{folder} holds no {CONFIG}; pass the folder that save_pretrained wrote.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is not valid JSON ({error}); save the adapter again.") from error
+
+
+def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn.Module | None, dtype: torch.dtype | None,
+         device: str | torch.device) -> PromptedModel:
+    """The model an adapter folder describes. Raises AdapterError, AdapterMismatch, CheckpointError, WeightError."""
+    folder = Path(folder)
+    tensors, metadata = read_tensors(folder / TENSORS)
+    config = read_config(folder, metadata)
+    if "ptv2" not in config:
+        raise AdapterError(f"{folder} is a {config.get('peft_type', 'foreign')} adapter that this package did not write; "
+                           "use PromptedModel.from_peft(folder, base).")
+    own = config["ptv2"]
+    encoder, origin = load_encoder(own["backbone"] if backbone is None else backbone, dtype=dtype, device=device)
+    if origin.weights_hash != own["backbone_hash"]:
+        raise AdapterMismatch(f"{folder} was trained on {own['backbone']} (weights {own['backbone_hash'][:12]}), but "
+                              f"{origin.location} has other weights ({origin.weights_hash[:12]}); pass backbone= the original one.")
+    prompt = PromptConfig(**own["prompt"] | {"init": "normal"})
+    model = cls(encoder, origin, prompt, task=own["task"], id2label={int(i): n for i, n in own["id2label"].items()},
+                pooler=own["pooler"] if own["task"] == "sequence-classification" else "auto", problem_type=own["problem_type"],
+                shift_positions=own["shift_positions"])
+    model.prompt_config.init = own["prompt"]["init"]
+    fill(model, tensors, folder)
+    return model.eval()
+
+
+def fill(model: PromptedModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy the file's tensors into prompt and head. Raises AdapterError naming a missing or mis-shaped one."""
+    if model.prompt is not None:
+        fill_prompt(model.prompt, tensors, folder)
+    prefix = "base_model.classifier."
+    if f"{prefix}out_proj.weight" in tensors:
+        _copy(model.head.classifier, tensors, f"{prefix}out_proj.", folder)
+        if getattr(model.head, "dense", None) is not None:
+            _copy(model.head.dense, tensors, f"{prefix}dense.", folder)
+    else:
+        _copy(model.head.classifier, tensors, prefix, folder)
+
+
+def fill_prompt(bank: PromptBank, tensors: dict[str, Tensor], folder: Path) -> None:
+    """The reparameterization's weights where both have them, else the prompt itself."""
+    if bank.config.reparameterization is not None:
+        own = {name.removeprefix(f"{_OWN}prompt."): t for name, t in tensors.items() if name.startswith(f"{_OWN}prompt.")}
+        for name, parameter in bank.named_parameters():
+            _assign(parameter, own.get(name), f"{_OWN}prompt.{name}", folder)
+        return
+    rows = tensors.get("prompt_embeddings")
+    _assign(bank.bank, rows if rows is None or rows.dim() == 3 else rows[None], "prompt_embeddings", folder)
+
+
+def load_prompt_into(bank: PromptBank, folder: str | Path) -> None:
+    """Start a prompt from a saved adapter's (PromptConfig.init = its folder). The head stays fresh."""
+    tensors, _ = read_tensors(Path(folder) / TENSORS)
+    fill_prompt(bank, tensors, Path(folder))
+
+
+def _copy(linear: nn.Linear, tensors: dict[str, Tensor], prefix: str, folder: Path) -> None:
+    for name in ("weight", "bias"):
+        _assign(getattr(linear, name), tensors.get(prefix + name), prefix + name, folder)
+
+
+def _assign(parameter: Tensor, value: Tensor | None, name: str, folder: Path) -> None:
+    if value is None:
+        raise AdapterError(f"{folder} lacks the tensor {name}; it was saved by another version or for another task.")
+    if value.shape != parameter.shape:
+        raise AdapterError(f"{folder}: {name} is {tuple(value.shape)}, but {tuple(parameter.shape)} is expected; "
+                           "prompt length, layers, labels or backbone differ from the saved adapter's.")
+    with torch.no_grad():
+        parameter.copy_(value)

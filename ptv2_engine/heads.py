@@ -1,0 +1,103 @@
+"""The trained output layers and their losses, as transformers and the published code have them.
+
+Sequence classification on BERT and RoBERTa: frozen pretrained pooler -> dropout -> Linear(H, C). Where a checkpoint has no
+pooler (ELECTRA), or on request, a dense layer is trained in its place: dropout -> Linear(H, H) -> tanh or gelu -> dropout ->
+Linear(H, C), which is transformers' RobertaClassificationHead. Token classification: dropout -> Linear(H, C).
+Head parameters are fp32 and hidden states are widened to them: C columns cost nothing, and the logits are exact.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptv2_engine.errors import ConfigError, LabelError
+from ptv2_engine.packing import IGNORE
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+_ACTIVATIONS = {"tanh": torch.tanh, "gelu": F.gelu}
+
+
+class SequenceClassificationHead(nn.Module):
+    """[B, H] -> fp32 logits [B, C]; takes the frozen pooler's output, or the first token where `activation` trains a dense."""
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float, std: float, activation: str | None = None) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.activation = activation
+        self.dense = _linear(hidden_size, hidden_size, std) if activation else None
+        self.classifier = _linear(hidden_size, num_labels, std)
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        x_BH = self.dropout(x_BH.to(self.classifier.weight.dtype))
+        if self.dense is not None and self.activation is not None:
+            x_BH = self.dropout(_ACTIVATIONS[self.activation](self.dense(x_BH)))
+        return self.classifier(x_BH)
+
+
+class TokenClassificationHead(nn.Module):
+    """[T, H] -> fp32 logits [T, C]."""
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float, std: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = _linear(hidden_size, num_labels, std)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return self.classifier(self.dropout(x_TH.to(self.classifier.weight.dtype)))
+
+
+def _linear(in_features: int, out_features: int, std: float) -> nn.Linear:
+    linear = nn.Linear(in_features, out_features)
+    nn.init.normal_(linear.weight, std=std)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def problem_type_of(labels: Tensor, num_labels: int) -> str:
+    """transformers' rule: one output is regression, integer labels are classes, float labels are independent yes/no."""
+    if num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def check_labels(labels: Tensor, num_labels: int) -> None:
+    """Raises LabelError for class labels outside [0, C); -100 is ignored. Reads them: for CPU tensors."""
+    real = labels[labels != IGNORE]
+    if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < num_labels:
+        wrong = int(real.max()) if int(real.max()) >= num_labels else int(real.min())
+        raise LabelError(f"label {wrong} is outside the head's {num_labels} classes (0 to {num_labels - 1}); "
+                         "set num_labels, or map the labels.")
+
+
+def classification_loss(logits_RC: Tensor, labels: Tensor, problem_type: str | None = None,
+                        num_items: int | Tensor | None = None) -> Tensor:
+    """The loss transformers computes: MSE, cross-entropy over labels that are not -100, or binary cross-entropy.
+
+    Arguments:
+        logits_RC: [R, C]. labels: [R] integers (classes), [R] or [R, C] floats (regression), [R, C] floats (multi-label).
+        num_items: divide the sum by this instead of taking the mean (transformers' num_items_in_batch: the labels of the
+            whole accumulated batch, so that gradient accumulation equals one large batch).
+    """
+    C = logits_RC.shape[1]
+    kind = problem_type or problem_type_of(labels, C)
+    reduction = "mean" if num_items is None else "sum"
+    if kind == "single_label_classification":
+        if labels.is_floating_point():
+            raise LabelError(f"labels are {labels.dtype}, but {C} classes need integers; use problem_type='regression' with "
+                             "num_labels=1, or integer labels.")
+        if labels.device.type == "cpu":
+            check_labels(labels, C)
+        loss = F.cross_entropy(logits_RC, labels.view(-1), ignore_index=IGNORE, reduction=reduction)
+    elif kind == "regression":
+        loss = F.mse_loss(logits_RC.squeeze(-1) if C == 1 else logits_RC, labels.to(logits_RC.dtype).view(
+            -1 if C == 1 else labels.shape[0], *([] if C == 1 else [C])), reduction=reduction)
+    elif kind == "multi_label_classification":
+        if labels.shape != logits_RC.shape:
+            raise LabelError(f"labels are {tuple(labels.shape)}, but multi-label classification needs one 0 or 1 for each of "
+                             f"{C} labels; pass a [batch, {C}] float tensor.")
+        loss = F.binary_cross_entropy_with_logits(logits_RC, labels.to(logits_RC.dtype), reduction=reduction)
+    else:
+        raise ConfigError(f"problem_type {kind!r} does not exist; choose one of {', '.join(PROBLEM_TYPES)}.")
+    return loss if num_items is None else loss / num_items

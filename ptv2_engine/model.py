@@ -1,0 +1,240 @@
+"""PromptedModel: a frozen encoder, a trainable prompt and a small head, with the signature and outputs of transformers.
+
+The only place where encoder, prompt and head meet. Exactly the prompt's and the head's parameters require grad.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptv2_engine.encoder import Encoder, Origin, load_encoder
+from ptv2_engine.errors import ConfigError, InputError
+from ptv2_engine.heads import SequenceClassificationHead, TokenClassificationHead, classification_loss
+from ptv2_engine.packing import PackedBatch, from_packed, pack, unpack
+from ptv2_engine.prompt import PromptBank, PromptConfig
+
+TASKS = ("sequence-classification", "token-classification")
+LATER = ("question-answering", "multiple-choice", "cloze")
+
+
+class PromptedModel(nn.Module):
+    """Made by from_pretrained, from_adapter, from_peft or from_thudm."""
+
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True           # transformers.Trainer then passes num_items_in_batch
+
+    def __init__(self, encoder: Encoder, origin: Origin, prompt: PromptConfig, *, task: str = "sequence-classification",
+                 num_labels: int | None = None, id2label: dict[int, str] | None = None, pooler: str = "auto",
+                 problem_type: str | None = None, shift_positions: bool = True, head_dropout: float | None = None) -> None:
+        super().__init__()
+        if task not in TASKS:
+            known = "is planned but not there yet" if task in LATER else "does not exist"
+            raise ConfigError(f"task {task!r} {known}; choose one of {', '.join(TASKS)}.")
+        num_labels = num_labels if num_labels is not None else len(id2label) if id2label else 2
+        if num_labels < 1 or (id2label and len(id2label) != num_labels):
+            raise ConfigError(f"num_labels {num_labels} does not fit {len(id2label or {})} label names; pass one name for each label.")
+        self.encoder, self.origin, self.prompt_config = encoder, origin, prompt
+        self.task, self.num_labels, self.problem_type, self.shift_positions = task, num_labels, problem_type, shift_positions
+        self.id2label = {int(i): str(n) for i, n in (id2label or {i: f"LABEL_{i}" for i in range(num_labels)}).items()}
+        for parameter in encoder.parameters():
+            parameter.requires_grad_(False)
+        self.prompt = None if prompt.method == "none" else PromptBank(prompt, encoder.config)
+        self.pooler_kind = self._pooler_kind(pooler)
+        dropout = _head_dropout(origin.config, encoder) if head_dropout is None else head_dropout
+        size, std = encoder.config.hidden_size, encoder.config.initializer_range
+        self.head: nn.Module
+        if task == "token-classification":
+            self.head = TokenClassificationHead(size, num_labels, dropout, std)
+        else:
+            activation = encoder.config.pooler_activation if self.pooler_kind == "trained" else None
+            self.head = SequenceClassificationHead(size, num_labels, dropout, std, activation)
+        self.config = _transformers_config(origin.config, self.id2label, problem_type)
+        if self.prompt is not None:
+            self._initialise(prompt)
+        self.to(encoder.device)
+
+    def _pooler_kind(self, wanted: str) -> str:
+        if wanted not in ("auto", "frozen", "trained"):
+            raise ConfigError(f"pooler {wanted!r} does not exist; choose 'auto', 'frozen' or 'trained'.")
+        if wanted == "frozen" and self.encoder.pooler is None:
+            raise ConfigError(f"pooler='frozen' needs a pretrained pooler, but {self.origin.location} has none; use pooler='trained'.")
+        if wanted == "auto":
+            return "trained" if self.encoder.pooler is None else "frozen"
+        return wanted
+
+    def _initialise(self, prompt: PromptConfig) -> None:
+        assert self.prompt is not None
+        if prompt.init == "tokens":
+            self.prompt.init_from_tokens(self.encoder)
+        elif prompt.init not in ("normal", "zero"):
+            from ptv2_engine.adapter import load_prompt_into
+
+            load_prompt_into(self.prompt, prompt.init)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path | nn.Module, *, task: str = "sequence-classification",
+                        num_labels: int | None = None, prompt: PromptConfig | None = None,
+                        id2label: dict[int, str] | None = None, dtype: torch.dtype | None = None,
+                        device: str | torch.device = "cpu", **options: Any) -> PromptedModel:
+        """A frozen backbone with a fresh prompt and head.
+
+        Arguments:
+            source: hub id, local folder, or a transformers model that is already in memory.
+            task: "sequence-classification" or "token-classification". num_labels or id2label: the classes.
+            prompt: PromptConfig; default 20 rows in every layer. dtype: of the backbone, default the checkpoint's.
+            options: pooler ("auto", "frozen", "trained"), problem_type, shift_positions, head_dropout.
+        Raises:
+            ConfigError, WeightError, CheckpointError.
+        """
+        encoder, origin = load_encoder(source, dtype=dtype, device=device)
+        return cls(encoder, origin, prompt or PromptConfig(), task=task, num_labels=num_labels, id2label=id2label, **options)
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.dtype
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {name: i for i, name in self.id2label.items()}
+
+    def max_length(self) -> int:
+        """The longest sequence the position table holds beside the prompt."""
+        prompt_length = 0 if self.prompt is None else self.prompt_config.prompt_length
+        return self.encoder.config.max_length(prompt_length, self.shift_positions or self.prompt_config.method == "shallow")
+
+    def set_backbone_dtype(self, dtype: torch.dtype) -> None:
+        """Cast the frozen weights once (bf16 training); prompt and head stay fp32."""
+        self.encoder.to(dtype)
+
+    def set_hidden_dropout(self, p: float) -> None:
+        """Backbone's hidden dropout, prompt dropout and head dropout at once: the published --hidden_dropout_prob."""
+        self.encoder.hidden_dropout = self.prompt_config.prompt_dropout = self.head.dropout.p = p
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def print_trainable_parameters(self) -> str:
+        """One line: trained parameters, backbone parameters, their ratio. Returns it too."""
+        trained = sum(p.numel() for p in self.trained_parameters().values())
+        backbone = sum(p.numel() for p in self.encoder.parameters())
+        line = f"trained parameters: {trained:,} ({100 * trained / backbone:.3f} % of the backbone's {backbone:,})"
+        print(line)
+        return line
+
+    def packed_batch(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
+                     prompt_ids: Tensor | None = None, seq_lengths: Tensor | None = None,
+                     max_seqlen: int | None = None) -> PackedBatch:
+        """Pack padded ids [B, S], or wrap ids [T] that come packed with seq_lengths [B]. Raises InputError."""
+        uncounted = self.encoder.config.uncounted_id
+        if seq_lengths is not None:
+            return from_packed(input_ids, seq_lengths, token_type_ids, prompt_ids, max_seqlen=max_seqlen, uncounted_id=uncounted)
+        return pack(input_ids, attention_mask, token_type_ids, prompt_ids, uncounted_id=uncounted)
+
+    def hidden_states(self, batch: PackedBatch, seed: Tensor | None = None) -> Tensor:
+        """x_TH [T, H] of the prompted encoder."""
+        if batch.prompt_ids is not None and batch.prompt_ids.device.type == "cpu" and batch.prompt_ids.numel():
+            low, high = int(batch.prompt_ids.min()), int(batch.prompt_ids.max())
+            if low < 0 or high >= self.prompt_config.num_prompts:
+                raise InputError(f"prompt id {low if low < 0 else high} is outside the bank of {self.prompt_config.num_prompts} "
+                                 "prompts; set num_prompts in PromptConfig.")
+        if self.prompt is None:
+            return self.encoder(batch, seed=seed)
+        if self.prompt_config.method == "shallow":
+            return self.encoder(batch, input_prompt_KPE=self.prompt.rows(), prompt_lengths=self.prompt.prompt_lengths, seed=seed)
+        return self.encoder(batch, self.prompt.materialise(self.dtype), seed=seed, shift_positions=self.shift_positions)
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                token_type_ids: Tensor | None = None, labels: Tensor | None = None, *, prompt_ids: Tensor | None = None,
+                seq_lengths: Tensor | None = None, max_seqlen: int | None = None,
+                num_items_in_batch: int | Tensor | None = None, seed: Tensor | None = None, return_dict: bool = True) -> Any:
+        """transformers' forward.
+
+        Arguments:
+            input_ids: [B, S] with attention_mask and token_type_ids [B, S], or packed [T] with seq_lengths [B] (and
+                max_seqlen, an int that spares a read-back from the GPU).
+            labels: [B] classes or values, [B, C] multi-label; [B, S] for token classification with -100 ignored.
+            prompt_ids: [B], each sequence's prompt in the bank. seed: int64 tensor [1] that fixes all dropout masks.
+        Returns:
+            SequenceClassifierOutput (logits [B, C]) or TokenClassifierOutput (logits [B, S, C], zero where padded); a tuple
+            (loss, logits) with return_dict=False.
+        """
+        if input_ids is None:
+            raise InputError("input_ids is missing; pass the tokenizer's output (inputs_embeds is not taken).")
+        batch = self.packed_batch(input_ids, attention_mask, token_type_ids, prompt_ids, seq_lengths, max_seqlen)
+        x_TH = self.hidden_states(batch, seed)
+        if self.task == "token-classification":
+            scores = self.head(x_TH)
+            logits, labels = unpack(scores, batch), self._packed_labels(labels, batch)
+        else:
+            first_BH = self.encoder.first_tokens(x_TH, batch)
+            scores = logits = self.head(self.encoder.pool(first_BH) if self.pooler_kind == "frozen" else first_BH)
+        loss = None if labels is None else classification_loss(scores, labels, self.problem_type, num_items_in_batch)
+        if not return_dict:
+            return (logits,) if loss is None else (loss, logits)
+        from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
+
+        return (TokenClassifierOutput if self.task == "token-classification" else SequenceClassifierOutput)(loss=loss, logits=logits)
+
+    def _packed_labels(self, labels: Tensor | None, batch: PackedBatch) -> Tensor | None:
+        if labels is None or labels.dim() == 1:
+            return labels
+        if labels.shape != batch.shape:
+            raise InputError(f"labels are {tuple(labels.shape)}, but the batch is {batch.shape}; pad them with -100 to one label a token.")
+        return labels.flatten()[batch.grid_T]
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Write the adapter (prompt, head, what they belong to), kilobytes, atomically. Raises OutputError."""
+        from ptv2_engine.adapter import save
+
+        save(self, folder)
+
+    def save_peft(self, folder: str | Path) -> None:
+        """Write a plain PEFT PREFIX_TUNING adapter. Raises AdapterError when PEFT cannot express this prompt."""
+        from ptv2_engine.adapter import save
+
+        save(self, folder, peft_only=True)
+
+    @classmethod
+    def from_adapter(cls, folder: str | Path, *, backbone: str | Path | nn.Module | None = None,
+                     dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> PromptedModel:
+        """Load an adapter and the backbone it names, or `backbone`. Raises AdapterError, AdapterMismatch, CheckpointError."""
+        from ptv2_engine.adapter import load
+
+        return load(cls, folder, backbone, dtype, device)
+
+    @classmethod
+    def from_peft(cls, folder: str | Path, base: str | Path | nn.Module | None = None, **options: Any) -> PromptedModel:
+        """Load a PEFT PREFIX_TUNING adapter for sequence or token classification on `base`."""
+        from ptv2_engine.adapter_import import from_peft
+
+        return from_peft(cls, folder, base, **options)
+
+    @classmethod
+    def from_thudm(cls, file: str | Path, base: str | Path | nn.Module, **options: Any) -> PromptedModel:
+        """Load a checkpoint of the published P-Tuning v2 code (pytorch_model.bin, read with weights_only) on `base`."""
+        from ptv2_engine.adapter_import import from_thudm
+
+        return from_thudm(cls, file, base, **options)
+
+
+def _head_dropout(config: dict[str, Any], encoder: Encoder) -> float:
+    """transformers' rule: classifier_dropout when the checkpoint sets it, else the hidden dropout."""
+    own = config.get("classifier_dropout")
+    return encoder.config.hidden_dropout if own is None else own
+
+
+def _transformers_config(config: dict[str, Any], id2label: dict[int, str], problem_type: str | None) -> Any:
+    """The backbone's transformers config with our labels: what Trainer's callbacks and the hub expect to find."""
+    from transformers import AutoConfig
+
+    labels = {"id2label": id2label, "label2id": {n: i for i, n in id2label.items()}, "problem_type": problem_type}
+    plain = {k: v for k, v in config.items() if k not in ("model_type", "id2label", "label2id", "num_labels", "problem_type")}
+    return AutoConfig.for_model(config["model_type"], **plain, **labels)
