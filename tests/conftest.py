@@ -1,0 +1,65 @@
+"""What this run must have, so that a missing backend is a failure and never a silent skip."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25,
+                                     suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.load_profile("ci")
+EXPECTABLE = ("native", "interpreter", "aot")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--expect", default="", help=f"comma list of what must be there: {', '.join(EXPECTABLE)}")
+    parser.addoption("--require-gpu", action="store_true", help="fail instead of skipping when no CUDA device is there")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for backend in filter(None, config.getoption("--expect").split(",")):
+        if backend not in EXPECTABLE:
+            raise pytest.UsageError(f"--expect {backend} is unknown; choose from {', '.join(EXPECTABLE)}")
+        if reason := _missing(backend):
+            raise pytest.UsageError(f"--expect {backend}: {reason}")
+    if config.getoption("--require-gpu") and not torch.cuda.is_available():
+        raise pytest.UsageError("--require-gpu: torch sees no CUDA device")
+
+
+def _missing(backend: str) -> str | None:
+    if backend == "native":
+        from ptv2_engine.ops import _dispatch
+
+        return _dispatch.native_unavailable()
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if backend == "aot":
+        import triton
+
+        ptxas = shutil.which("ptxas") or next(iter(_bundled_ptxas(triton.__path__[0])), None)
+        return None if ptxas else "no ptxas beside triton"
+    return None
+
+
+def _bundled_ptxas(root: str) -> list[str]:
+    from pathlib import Path
+
+    return [str(p) for p in Path(root).rglob("ptxas*") if p.is_file()]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads_and_a_seed() -> None:
+    torch.manual_seed(0)
