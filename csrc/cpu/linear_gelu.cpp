@@ -1,0 +1,98 @@
+// The elementwise part of linear_gelu, in place on the product's output: one read, one write, and the derivative (a byte an
+// element in bf16). gelu(z) = z Phi(z), or z/2 (1 + tanh(u)) with u = sqrt(2/pi) (z + 0.044715 z^3).
+#include <algorithm>
+
+#include "kernels.h"
+#include "ptv2/gelu_code.h"
+#include "rows.h"
+
+namespace ptv2 {
+namespace {
+
+constexpr int64_t BLOCK = 4096;  // elements a task: a few microseconds
+
+struct Gelu {
+  f32v value, derivative;
+};
+
+template <bool SAVE> PTV2_INLINE Gelu gelu_erf(f32v z) {
+  const f32v cdf = erf(z * 0.70710678118654752f) * 0.5f + 0.5f;
+  if constexpr (!SAVE) return {z * cdf, z};
+  return {z * cdf, cdf + z * (exp(z * z * -0.5f) * 0.39894228040143268f)};
+}
+
+template <bool SAVE> PTV2_INLINE Gelu gelu_tanh(f32v z) {
+  const f32v u = (z * z * 0.044715f + 1.0f) * z * 0.79788456080286536f;
+  const f32v tail = 1.0f / (exp(u * 2.0f) + 1.0f);  // (1 - tanh u) / 2; underflow and overflow are the right limits
+  const f32v half = 1.0f - tail;                    // (1 + tanh u) / 2
+  if constexpr (!SAVE) return {z * half, z};
+  const f32v slope = (z * z * (3.0f * 0.044715f) + 1.0f) * 0.79788456080286536f;
+  return {z * half, half + z * (half * tail * 2.0f) * slope};
+}
+
+PTV2_INLINE void put(float* derivative, int64_t i, f32v g, std::integral_constant<int, W>) { store(derivative + i, g); }
+PTV2_INLINE void put(float* derivative, int64_t i, f32v g, int n) { store(derivative + i, g, n); }
+PTV2_INLINE u8v encode(f32v g) {  // + 0.5 and truncation round to nearest: codes are positive
+  f32v code = (g - gelu_code::LOW) * gelu_code::INV_STEP + 0.5f;
+  code = code < 0.0f ? f32v{} : code;
+  code = code > 255.0f ? broadcast(255.0f) : code;
+  return __builtin_convertvector(__builtin_convertvector(code, i32v), u8v);
+}
+PTV2_INLINE void put(uint8_t* derivative, int64_t i, f32v g, std::integral_constant<int, W>) {
+  const u8v code = encode(g);
+  std::memcpy(derivative + i, &code, W);
+}
+PTV2_INLINE void put(uint8_t* derivative, int64_t i, f32v g, int n) {
+  const u8v code = encode(g);
+  std::memcpy(derivative + i, &code, n);
+}
+PTV2_INLINE f32v get(const float* derivative, int64_t i, std::integral_constant<int, W> n) { return load_at(derivative, i, n); }
+PTV2_INLINE f32v get(const float* derivative, int64_t i, int n) { return load_at(derivative, i, n); }
+PTV2_INLINE f32v decode(u8v code) {
+  return __builtin_convertvector(__builtin_convertvector(code, i32v), f32v) * gelu_code::STEP + gelu_code::LOW;
+}
+PTV2_INLINE f32v get(const uint8_t* derivative, int64_t i, std::integral_constant<int, W>) {
+  return decode(load_as<u8v>(derivative + i));
+}
+PTV2_INLINE f32v get(const uint8_t* derivative, int64_t i, int n) {
+  u8v code{};
+  std::memcpy(&code, derivative + i, n);
+  return decode(code);
+}
+
+template <class T, class D, bool TANH, bool SAVE> void fwd(const GeluParams& p) {
+  parallel_ranges((p.count + BLOCK - 1) / BLOCK, 2, [&](int64_t first, int64_t last) {
+    T* z = static_cast<T*>(p.z) + first * BLOCK;
+    D* derivative = static_cast<D*>(p.derivative) + (SAVE ? first * BLOCK : 0);
+    for_vectors(std::min(last * BLOCK, p.count) - first * BLOCK, [&](int64_t i, auto n) {
+      const f32v x = load_at(z, i, n);
+      const Gelu g = TANH ? gelu_tanh<SAVE>(x) : gelu_erf<SAVE>(x);
+      store_at(z, i, g.value, n);
+      if constexpr (SAVE) put(derivative, i, g.derivative, n);
+    });
+  });
+}
+
+template <class T, class D> void fwd(const GeluParams& p) {
+  if (p.tanh)
+    p.derivative ? fwd<T, D, true, true>(p) : fwd<T, D, true, false>(p);
+  else
+    p.derivative ? fwd<T, D, false, true>(p) : fwd<T, D, false, false>(p);
+}
+
+template <class T, class D> void bwd(const GeluBwdParams& p) {
+  parallel_ranges((p.count + BLOCK - 1) / BLOCK, 2, [&](int64_t first, int64_t last) {
+    const T* dh = static_cast<const T*>(p.dh) + first * BLOCK;
+    const D* derivative = static_cast<const D*>(p.derivative) + first * BLOCK;
+    T* dz = static_cast<T*>(p.dz) + first * BLOCK;
+    for_vectors(std::min(last * BLOCK, p.count) - first * BLOCK,
+                [&](int64_t i, auto n) { store_at(dz, i, load_at(dh, i, n) * get(derivative, i, n), n); });
+  });
+}
+
+}  // namespace
+
+void gelu_fwd(const GeluParams& p) { p.dtype == DType::f32 ? fwd<float, float>(p) : fwd<bf16, uint8_t>(p); }
+void gelu_bwd(const GeluBwdParams& p) { p.dtype == DType::f32 ? bwd<float, float>(p) : bwd<bf16, uint8_t>(p); }
+
+}  // namespace ptv2

@@ -1,0 +1,101 @@
+// The arguments of every op as plain structs: pointers, sizes, strides in elements. No torch header below csrc/include.
+// T tokens, B sequences, N heads, D head dim, P prompt rows, K prompts, H hidden, F ffn, E embedding size.
+#pragma once
+
+#include <cstdint>
+
+namespace ptv2 {
+
+enum class DType : int { f32 = 0, bf16 = 1 };
+
+// Dropout with probability p at one call site: an element is kept when its Philox word is >= threshold (philox.h).
+struct Dropout {
+  bool on = false;
+  uint64_t seed = 0;
+  uint32_t site = 0;
+  uint32_t threshold = 0;
+  float scale = 1.0f;  // 1 / (1 - p)
+};
+
+struct EmbeddingParams {
+  DType dtype;
+  const int64_t* word_ids_T;
+  const int64_t* position_ids_T;
+  const int64_t* token_type_ids_T;  // null: row 0
+  const void *word_VE, *position_ME, *type_UE;  // position, type: null when the family has no such table
+  int64_t V, M, U;
+  const float *weight_E, *bias_E;
+  void* x_TE;
+  int64_t T, E;
+  float eps;
+  Dropout dropout;
+};
+
+struct AddNormParams {
+  DType dtype;
+  const void *x_TH, *residual_TH;
+  const float *weight_H, *bias_H;
+  void *y_TH, *xhat_TH;  // xhat, rstd: null when nothing is saved
+  float* rstd_T;
+  int64_t T, H;
+  float eps;
+  Dropout dropout;
+};
+
+struct AddNormBwdParams {
+  DType dtype;
+  const void *dy_TH, *xhat_TH;
+  const float *rstd_T, *weight_H;
+  void *dresidual_TH, *dx_TH;  // dx: null without dropout, where it equals dresidual
+  int64_t T, H;
+  Dropout dropout;
+};
+
+struct GeluParams {
+  DType dtype;
+  void* z;            // in place: z <- gelu(z)
+  void* derivative;   // f32: float; bf16: uint8 code (gelu_code.h); null when nothing is saved
+  int64_t count;
+  bool tanh;
+};
+
+struct GeluBwdParams {
+  DType dtype;
+  const void *dh, *derivative;
+  void* dz;
+  int64_t count;
+};
+
+// A run of sequences of one prompt, at positions [first, last) of PrefixAttentionParams::order_B: the unit that partial sums
+// of the prefix's gradient belong to. The split depends on the batch alone, never on the number of threads.
+struct Chunk {
+  int32_t prompt, first, last;
+};
+
+struct PrefixAttentionParams {
+  DType dtype;
+  const void *q, *k, *v;                            // [T, N, D], N and D contiguous
+  int64_t q_row, k_row, v_row;                      // row strides
+  const void *prefix_k, *prefix_v;                  // [K, P, N, D] or null, N and D contiguous
+  int64_t prefix_k_prompt, prefix_k_row, prefix_v_prompt, prefix_v_row;
+  const int32_t* cu_seqlens;                        // [B + 1]
+  const int32_t* prompt_lengths;                    // [K], rows in use
+  const int32_t* order_B;                           // sequences in the chunks' order
+  const Chunk* chunks;
+  int64_t num_chunks, B, T, N, D, P, K, longest;    // longest: tokens of the longest sequence
+  float scale;
+  Dropout dropout, prefix_dropout;
+  void* out_TND;                                    // contiguous
+  float* lse_NT;
+};
+
+struct PrefixAttentionBwdParams {
+  PrefixAttentionParams fwd;  // out_TND is not used: delta comes from the row itself
+  const void* dout_TND;       // contiguous
+  void* dqkv_T3ND;            // null: the tokens' gradients are not wanted
+  float* partial_k;           // [num_chunks, P, N, D] each; null: the prefix's gradient is not wanted
+  float* partial_v;
+  float *dprefix_k, *dprefix_v;  // [K, P, N, D]
+};
+
+}  // namespace ptv2
