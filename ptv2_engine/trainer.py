@@ -1,0 +1,212 @@
+"""Trainer: transformers.Trainer for a PromptedModel. Same arguments, callbacks, logging, early stopping and resume.
+
+What differs: batches are packed and token-balanced, the optimizer holds prompt and head only, checkpoints are adapters,
+`bf16` casts the frozen backbone once instead of running under autocast, and a loss that is not finite stops the run before
+it can reach the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ptv2_engine.adapter import TENSORS, fill, read_tensors
+from ptv2_engine.errors import ConfigError, DataError, NonFiniteLoss, OutputError
+from ptv2_engine.model import PromptedModel
+from ptv2_engine.optim import parameter_groups
+from ptv2_engine.packing import PackedCollator, TokenBalancedBatchSampler
+from ptv2_engine.prompt import PromptConfig
+
+
+class Trainer(transformers.Trainer):
+    """transformers.Trainer that knows what is frozen.
+
+    Arguments beyond transformers.Trainer's:
+        model: a PromptedModel, or a transformers model (bare or with a classification head) that is wrapped with `prompt`.
+        prompt: PromptConfig for wrapping. task: for wrapping, default from the model's class.
+        head_learning_rate: of the head, default the prompt's.
+        epoch_decay: multiply the learning rate by this after every epoch instead of the linear decay (0.95 is the published
+            setting for tagging and question answering).
+    Raises:
+        ConfigError, DataError (an empty data set), OutputError (an output folder that cannot be written), before training.
+    """
+
+    def __init__(self, model: nn.Module, args: TrainingArguments | None = None, *, prompt: PromptConfig | None = None,
+                 task: str | None = None, head_learning_rate: float | None = None, epoch_decay: float | None = None,
+                 data_collator: Any = None, train_dataset: Any = None, eval_dataset: Any = None, **kwargs: Any) -> None:
+        model = _wrapped(model, prompt, task)
+        args = copy.copy(args or TrainingArguments("runs/ptv2"))
+        if args.bf16:
+            args.mixed_precision = "no"      # the frozen weights are bf16 themselves; autocast would cast the fp32 head too
+            model.set_backbone_dtype(torch.bfloat16)
+        self.head_learning_rate, self.epoch_decay = head_learning_rate, epoch_decay
+        for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
+            if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
+                raise DataError(f"the {name} data set has 0 examples; check the file and its filters.")
+        self.packs = data_collator is None
+        if data_collator is None:
+            data_collator = PackedCollator(vocab_size=model.encoder.config.vocab_size, max_length=model.max_length())
+        if args.label_names is None:
+            args.label_names = ["labels"]
+        super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
+                         eval_dataset=eval_dataset, **kwargs)
+        self.tokens_seen = 0
+        self.add_callback(_Throughput(self))
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None,
+                        is_training: bool = False, dataloader_key: str | None = None) -> DataLoader:
+        """Token-balanced batches for training on a data set whose lengths are known; transformers' loader otherwise."""
+        if not (is_training and self.packs) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        sampler = TokenBalancedBatchSampler(_lengths(dataset), batch_size, seed=self.args.data_seed or self.args.seed,
+                                            drop_last=self.args.dataloader_drop_last)
+        workers = self.args.dataloader_num_workers
+        # A generator of its own: starting an epoch must not draw from the generator that seeds dropout
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self._get_collator_with_removed_columns(
+            self.data_collator, description), num_workers=workers, generator=torch.Generator().manual_seed(self.args.seed),
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0)
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+        """transformers' optimizer of args.optim (default: torch's fused AdamW) over prompt and head only."""
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(self.model, self.args.weight_decay, self.head_learning_rate)
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """args.lr_scheduler_type, or with epoch_decay the published exponential decay stepped once an epoch."""
+        if self.epoch_decay is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps = max(math.ceil(num_training_steps / max(self.args.num_train_epochs, 1)), 1)
+        decay = self.epoch_decay
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, lambda step: decay ** (step // steps))
+        return self.lr_scheduler
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+                     num_items_in_batch: Tensor | int | None = None) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:
+            self.tokens_seen += _num_tokens(inputs)
+            loss = result[0] if return_outputs else result
+            # On the CPU looking at the loss is free; on a GPU it is looked at when it is logged, without stalling the step
+            if loss.device.type == "cpu" and not bool(torch.isfinite(loss)):
+                raise NonFiniteLoss(f"the loss is {float(loss)} at step {self.state.global_step + 1}; nothing was updated with it. "
+                                    "Lower the learning rate, or look for bad labels or inputs.")
+        return result
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        loss = logs.get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise NonFiniteLoss(f"the loss became {loss} by step {self.state.global_step}; continue from the last checkpoint with a "
+                                "lower learning rate.")
+        super().log(logs, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' train; the output folder is tried before any work is done."""
+        check_writable(self.args.output_dir)
+        return super().train(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The adapter (and the tokenizer), not the model."""
+        folder = Path(output_dir or self.args.output_dir)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adapter_into(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        load_adapter_into(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
+
+def load_adapter_into(model: PromptedModel, folder: str | Path) -> None:
+    """Copy a saved adapter's prompt and head into a model of the same configuration. Raises AdapterError."""
+    tensors, _ = read_tensors(Path(folder) / TENSORS)
+    fill(model, tensors, Path(folder))
+
+
+def check_writable(folder: str | Path) -> None:
+    """Create the folder and try to write into it. Raises OutputError."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".ptv2-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"output folder {folder} cannot be written ({error.strerror}); choose another --output_dir.") from error
+
+
+def peak_memory_bytes() -> int:
+    """The high-water mark: of the GPU's allocator where there is one, else of this process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Throughput(TrainerCallback):
+    """Adds tokens_per_second (since the last log) and peak_memory_mib to what is logged."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.tokens, self.since = trainer, 0, time.perf_counter()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.tokens, self.since = self.trainer.tokens_seen, time.perf_counter()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None,
+               **_: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        now, tokens = time.perf_counter(), self.trainer.tokens_seen
+        added = {"tokens_per_second": round((tokens - self.tokens) / (now - self.since), 1),
+                 "peak_memory_mib": round(peak_memory_bytes() / 2**20, 1)}
+        logs |= added
+        state.log_history[-1] |= added
+        self.tokens, self.since = tokens, now
+
+
+def _num_tokens(inputs: dict[str, Any]) -> int:
+    """Real tokens of a batch, without reading anything back from a GPU when it is packed."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return ids.numel() if ids.dim() == 1 or mask is None else int(mask.sum())
+
+
+def _lengths(dataset: Any) -> list[int]:
+    """Tokens of each example, read column-wise where the data set allows it."""
+    try:
+        column = dataset["input_ids"]
+    except (TypeError, KeyError, IndexError):
+        column = (dataset[i]["input_ids"] for i in range(len(dataset)))
+    return [len(ids) for ids in column]
+
+
+_TASKS_BY_CLASS = {"ForSequenceClassification": "sequence-classification", "ForTokenClassification": "token-classification"}
+
+
+def _wrapped(model: nn.Module, prompt: PromptConfig | None, task: str | None) -> PromptedModel:
+    if isinstance(model, PromptedModel):
+        if prompt is not None or task is not None:
+            raise ConfigError("prompt and task are for wrapping a transformers model, but this model is a PromptedModel already; "
+                              "set them in PromptedModel.from_pretrained.")
+        return model
+    name = type(model).__name__
+    task = task or next((t for ending, t in _TASKS_BY_CLASS.items() if name.endswith(ending)), "sequence-classification")
+    config = getattr(model, "config", None)
+    return PromptedModel.from_pretrained(model, task=task, prompt=prompt, id2label=getattr(config, "id2label", None),
+                                         problem_type=getattr(config, "problem_type", None),
+                                         device=next(model.parameters()).device)
