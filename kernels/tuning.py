@@ -1,0 +1,101 @@
+"""Shape -> tile sizes, in plain Python. Every choice says why; nothing is measured inside a call.
+
+A query tile meets the keys in blocks. Rows of up to ONE_BLOCK_TOKENS tokens whose prefix fits one small block take the
+one-sweep backward: all keys of a (sequence, head) stay on chip. Longer rows take a dQ kernel and a dK, dV kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ONE_BLOCK_TOKENS = 128
+ONE_SWEEP_PREFIX = 32
+PROGRAMS = 264        # two programs for each of an H100's 132 multiprocessors
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Rows a program owns in a row-wise kernel, the padded row length, warps."""
+
+    rows: int
+    block: int
+    warps: int
+    why: str
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Queries, token keys and prefix keys of a tile (block_p 0: no prefix), warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_p: int
+    warps: int
+    stages: int
+    why: str
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The tiles of each attention kernel; sweep is None where the row does not fit a one-sweep backward."""
+
+    forward: TileConfig
+    sweep: TileConfig | None
+    dq: TileConfig
+    dkdv: TileConfig
+    prefix: TileConfig
+    fuse_prefix: bool
+    why: str
+
+
+def power_of_two(n: int, low: int = 16) -> int:
+    """The smallest power of two that is at least n and low."""
+    return max(low, 1 << max(n - 1, 0).bit_length())
+
+
+def choose_rows(width: int) -> RowConfig:
+    """Tiles of add_norm and embedding for rows of this width."""
+    block = power_of_two(width)
+    rows = max(1, min(16, 2048 // block))
+    warps = max(1, min(16, rows * block // 512))
+    return RowConfig(rows, block, warps, f"{rows} x {block} elements, {rows * block // (32 * warps)} a thread")
+
+
+def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, num_sequences: int = 1,
+           num_tokens: int = 0) -> AttentionPlan:
+    """Tiles for rows of up to max_seqlen tokens plus prompt_length prefix keys, head_dim columns of itemsize bytes.
+
+    num_sequences and num_tokens decide where the prefix gradient is made: inside the sweep, which writes one partial a
+    sequence, or by a kernel of its own, which reads q and dO once more but writes only a few partials.
+    """
+    width = power_of_two(head_dim)
+    tokens = power_of_two(max_seqlen)
+    prefix = min(64, power_of_two(prompt_length)) if prompt_length else 0
+    if itemsize == 4:
+        block = TileConfig(16, 16, min(prefix, 16), 4, 1, "fp32 multiplies without tensor cores: 16 x 16 tiles, no spill")
+        return AttentionPlan(block, None, block, block, block, False, block.why)
+    wide = width > 64
+    forward = TileConfig(64, min(tokens, 64 if wide else 128), prefix, 4, 2, "64 queries: a warp keeps 16 whole rows")
+    dq = TileConfig(64, min(tokens, 64), min(prefix, 64), 4, 2, "64 x 64 tiles keep S, dP and dQ in registers")
+    dkdv = TileConfig(64, min(tokens, 64), min(prefix, 64), 8 if wide else 4, 2, "64 x 64 tiles keep dK and dV in registers")
+    gradient = TileConfig(64, 0, prefix, 8 if wide else 4, 2, f"{prefix} prefix keys stay, queries stream")
+    if max_seqlen > ONE_BLOCK_TOKENS or prompt_length > ONE_SWEEP_PREFIX or wide and max_seqlen > ONE_BLOCK_TOKENS // 2:
+        return AttentionPlan(forward, None, dq, dkdv, gradient, False,
+                             f"{max_seqlen} + {prompt_length} keys of {head_dim}: dQ and dK, dV in kernels of their own")
+    fuse = 2 * num_sequences * prompt_length <= num_tokens
+    sweep = TileConfig(64 if tokens <= 64 and not wide else 32, tokens, prefix, 4 if tokens <= 64 and not wide else 8, 1,
+                       "all keys on chip: dK, dV in registers")
+    return AttentionPlan(forward, sweep, dq, dkdv, gradient, fuse,
+                         f"{max_seqlen} + {prompt_length} keys of {head_dim} fit one block: one sweep over the queries, prefix gradient "
+                         f"{'inside, one partial a sequence' if fuse else 'apart: partials would outweigh reading q and dO again'}")
+
+
+def choose_splits(num_sequences: int, query_tiles: int, programs: int) -> tuple[int, int]:
+    """(sequence groups, query groups) that cut the prefix gradient into about PROGRAMS pieces; `programs` exist already.
+
+    Sequences are split first; only when there are too few of them are the query tiles of a sequence dealt out as well.
+    It depends on shapes alone, so the order of the sums never changes between runs.
+    """
+    wanted = max(1, -(-PROGRAMS // max(programs, 1)))
+    groups = min(wanted, max(num_sequences, 1))
+    return groups, min(-(-wanted // groups), max(query_tiles, 1))
