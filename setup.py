@@ -11,6 +11,7 @@ Without PyTorch or a compiler the package installs in pure Python and `ptv2 info
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Distribution, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -131,22 +133,35 @@ def build_native() -> dict[str, Any]:
             "threads": openmp, "reason": None}
 
 
+@functools.cache
+def build_and_record() -> None:
+    """Compile into the source tree: an editable install finds the libraries there, a wheel takes them as package data."""
+    for stale in PACKAGE.glob("_C_*.so"):
+        stale.unlink()
+    try:
+        info = build_native()
+        print(f"ptv2_engine: C++ kernels built for {', '.join(info['archs'])} with torch {info['torch']}, {info['compiler']}")
+    except CannotBuild as error:
+        if os.environ.get("PTV2_BUILD_NATIVE") == "1":
+            raise SystemExit(f"ptv2_engine: {error}") from error
+        info = {"archs": [], "reason": str(error)}
+        print(f"ptv2_engine: installing WITHOUT the C++ kernels: {error}", file=sys.stderr)
+    (PACKAGE / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
 class BuildPy(build_py):
-    """Compiles into the source tree first: an editable install finds the libraries there, a wheel takes them as package data."""
+    """pip install: the kernels before the files are gathered."""
 
     def run(self) -> None:
-        for stale in PACKAGE.glob("_C_*.so"):
-            stale.unlink()
-        try:
-            info = build_native()
-            print(f"ptv2_engine: C++ kernels built for {', '.join(info['archs'])} with torch {info['torch']}, {info['compiler']}")
-        except CannotBuild as error:
-            if os.environ.get("PTV2_BUILD_NATIVE") == "1":
-                raise SystemExit(f"ptv2_engine: {error}") from error
-            info = {"archs": [], "reason": str(error)}
-            print(f"ptv2_engine: installing WITHOUT the C++ kernels: {error}", file=sys.stderr)
-        (PACKAGE / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+        build_and_record()
         super().run()
+
+
+class BuildExt(build_ext):
+    """python setup.py build_ext --inplace: the kernels alone, in a checkout that is not installed."""
+
+    def run(self) -> None:
+        build_and_record()
 
 
 class BinaryDistribution(Distribution):
@@ -156,4 +171,4 @@ class BinaryDistribution(Distribution):
         return True
 
 
-setup(cmdclass={"build_py": BuildPy}, distclass=BinaryDistribution)
+setup(cmdclass={"build_py": BuildPy, "build_ext": BuildExt}, distclass=BinaryDistribution)

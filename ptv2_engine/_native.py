@@ -47,8 +47,9 @@ def _load(arch: str | None) -> tuple[str | None, str | None]:
     runnable = runnable_archs()
     chosen = arch or next(iter(runnable), None)
     if chosen is None or chosen not in runnable:
-        return (f"this CPU runs {torch.backends.cpu.get_cpu_capability()}, and of the libraries built ({', '.join(build['archs'])}) "
-                f"{'it has none' if arch is None else f'{arch} is not one it has'}; install again with PTV2_CPU_ARCHS=all"), None
+        missing = "it has none" if arch is None else f"{arch} is not one it has"
+        return (f"this CPU runs {torch.backends.cpu.get_cpu_capability()}, and of the libraries built "
+                f"({', '.join(build['archs'])}) {missing}: install the package again with PTV2_CPU_ARCHS=all"), None
     import ptv2_engine.ops  # noqa: F401  defines the schemas that the library implements
 
     try:
