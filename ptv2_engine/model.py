@@ -138,18 +138,20 @@ class PromptedModel(nn.Module):
             return from_packed(input_ids, seq_lengths, token_type_ids, prompt_ids, max_seqlen=max_seqlen, uncounted_id=uncounted)
         return pack(input_ids, attention_mask, token_type_ids, prompt_ids, uncounted_id=uncounted)
 
-    def hidden_states(self, batch: PackedBatch, seed: Tensor | None = None) -> Tensor:
-        """x_TH [T, H] of the prompted encoder."""
+    def hidden_states(self, batch: PackedBatch, seed: Tensor | None = None, first_tokens_only: bool = False) -> Tensor:
+        """x_TH [T, H] of the prompted encoder, or [B, H] of the first tokens."""
         if batch.prompt_ids is not None and batch.prompt_ids.device.type == "cpu" and batch.prompt_ids.numel():
             low, high = int(batch.prompt_ids.min()), int(batch.prompt_ids.max())
             if low < 0 or high >= self.prompt_config.num_prompts:
                 raise InputError(f"prompt id {low if low < 0 else high} is outside the bank of {self.prompt_config.num_prompts} "
                                  "prompts; set num_prompts in PromptConfig.")
         if self.prompt is None:
-            return self.encoder(batch, seed=seed)
+            return self.encoder(batch, seed=seed, first_tokens_only=first_tokens_only)
         if self.prompt_config.method == "shallow":
-            return self.encoder(batch, input_prompt_KPE=self.prompt.rows(), prompt_lengths=self.prompt.prompt_lengths, seed=seed)
-        return self.encoder(batch, self.prompt.materialise(self.dtype), seed=seed, shift_positions=self.shift_positions)
+            return self.encoder(batch, input_prompt_KPE=self.prompt.rows(), prompt_lengths=self.prompt.prompt_lengths, seed=seed,
+                                first_tokens_only=first_tokens_only)
+        return self.encoder(batch, self.prompt.materialise(self.dtype), seed=seed, shift_positions=self.shift_positions,
+                            first_tokens_only=first_tokens_only)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 token_type_ids: Tensor | None = None, labels: Tensor | None = None, *, prompt_ids: Tensor | None = None,
@@ -169,12 +171,11 @@ class PromptedModel(nn.Module):
         if input_ids is None:
             raise InputError("input_ids is missing; pass the tokenizer's output (inputs_embeds is not taken).")
         batch = self.packed_batch(input_ids, attention_mask, token_type_ids, prompt_ids, seq_lengths, max_seqlen)
-        x_TH = self.hidden_states(batch, seed)
         if self.task == "token-classification":
-            scores = self.head(x_TH)
+            scores = self.head(self.hidden_states(batch, seed))
             logits, labels = unpack(scores, batch), self._packed_labels(labels, batch)
         else:
-            first_BH = self.encoder.first_tokens(x_TH, batch)
+            first_BH = self.hidden_states(batch, seed, first_tokens_only=True)
             scores = logits = self.head(self.encoder.pool(first_BH) if self.pooler_kind == "frozen" else first_BH)
         loss = None if labels is None else classification_loss(scores, labels, self.problem_type, num_items_in_batch)
         if not return_dict:

@@ -68,13 +68,17 @@ class EncoderLayer(nn.Module):
         self.ffn_down = frozen_linear_of(H, F)
         self.ffn_norm_weight, self.ffn_norm_bias = frozen(H), frozen(H)
 
-    def forward(self, x_TH: Tensor, step: Step, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None) -> Tensor:
+    def forward(self, x_TH: Tensor, step: Step, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None,
+                rows_R: Tensor | None = None) -> Tensor:
+        """rows_R: the rows that are needed of the output, [R, H] then; attention still sees all T tokens."""
         site = SITES * self.index
         qkv_T3ND = self.qkv(x_TH).view(x_TH.shape[0], 3, self.num_heads, self.head_dim)
         o_TND = prefix_attention_qkv(
             qkv_T3ND, prefix_k_KPND, prefix_v_KPND, step.cu_seqlens, step.max_seqlen, prompt_ids=step.prompt_ids,
             prompt_lengths=step.prompt_lengths, dropout_p=step.attention_dropout, prefix_dropout_p=step.prefix_dropout,
             seed=step.seed, site=site)
+        if rows_R is not None:
+            o_TND, x_TH = o_TND.index_select(0, rows_R), x_TH.index_select(0, rows_R)
         x_TH = add_norm(self.attn_out(o_TND.flatten(1)), x_TH, self.attn_norm_weight, self.attn_norm_bias, self.eps,
                         dropout_p=step.hidden_dropout, seed=step.seed, site=site + 1)
         h_TF = linear_gelu(x_TH, self.ffn_up, approximate=self.activation)

@@ -57,7 +57,8 @@ class Encoder(nn.Module):
         return prompt_lengths[ids][batch.sequence_of_token()]
 
     def forward(self, batch: PackedBatch, prefix: Prefix | None = None, *, input_prompt_KPE: Tensor | None = None,
-                prompt_lengths: Tensor | None = None, seed: Tensor | None = None, shift_positions: bool = True) -> Tensor:
+                prompt_lengths: Tensor | None = None, seed: Tensor | None = None, shift_positions: bool = True,
+                first_tokens_only: bool = False) -> Tensor:
         """The last hidden states of a packed batch.
 
         Arguments:
@@ -67,6 +68,8 @@ class Encoder(nn.Module):
                 prompt_lengths int64 [K] says how many rows of each are used.
             seed: int64 tensor [1] on the device; drawn from torch's generator when a dropout is on and it is None.
             shift_positions: tokens take the positions behind the prompt, as published.
+            first_tokens_only: return [B, H], each sequence's first token (zeros for an empty one). The last layer then does
+                everything behind its attention for B rows instead of T: 9/12 of a layer's products saved, exactly.
         Returns:
             x_TH [T, H]: rows of the tokens only.
         Raises:
@@ -91,9 +94,19 @@ class Encoder(nn.Module):
             x_TH, cu_seqlens, token_rows, max_seqlen = insert_rows(x_TH, batch, rows, prompt_lengths, hidden)
         step = Step(cu_seqlens, max_seqlen, batch.prompt_ids, None if prefix is None else prefix.prompt_lengths, prefix_dropout,
                     hidden, attention, seed)
+        rows = self._first_rows(batch, token_rows) if first_tokens_only else token_rows
         for i, layer in enumerate(self.layers):
-            x_TH = layer(x_TH, step, *((None, None) if prefix is None else (prefix.k[i], prefix.v[i])))
-        return x_TH if token_rows is None else x_TH.index_select(0, token_rows)
+            last = i == len(self.layers) - 1
+            x_TH = layer(x_TH, step, *((None, None) if prefix is None else (prefix.k[i], prefix.v[i])), rows if last else None)
+        if first_tokens_only:
+            return x_TH * (batch.lengths() > 0).to(x_TH.dtype)[:, None]
+        return x_TH
+
+    @staticmethod
+    def _first_rows(batch: PackedBatch, token_rows_T: Tensor | None) -> Tensor:
+        """int64 [B]: the row of each sequence's first token; any row for an empty sequence."""
+        rows = batch.cu_seqlens[:-1].long().clamp(max=max(batch.num_tokens - 1, 0))
+        return rows if token_rows_T is None or not batch.num_tokens else token_rows_T[rows]
 
     @torch.no_grad()
     def keys_values(self, ids_P: Tensor) -> Tensor:
@@ -106,13 +119,6 @@ class Encoder(nn.Module):
             found.append(layer.qkv(x_TH).float().unflatten(1, (3, -1))[:, 1:].transpose(0, 1))
             x_TH = layer(x_TH, step, None, None)
         return torch.stack(found)
-
-    def first_tokens(self, x_TH: Tensor, batch: PackedBatch) -> Tensor:
-        """[B, H]: each sequence's first token; zeros for an empty sequence."""
-        if not batch.num_tokens:
-            return x_TH.new_zeros(batch.num_sequences, x_TH.shape[1])
-        rows = batch.cu_seqlens[:-1].long().clamp(max=batch.num_tokens - 1)
-        return x_TH.index_select(0, rows) * (batch.lengths() > 0).to(x_TH.dtype)[:, None]
 
     def pool(self, first_BH: Tensor) -> Tensor:
         """The pretrained, frozen pooler: tanh(x W + b)."""
