@@ -114,6 +114,26 @@ def probabilities(q, do, k, v, lse2, num_keys, scale2, first_query, first_key, c
 
 
 @triton.jit
+def key_probabilities(q, do, k, v, lse2, num_keys, scale2, first_query, first_key, c2, stream, seed, threshold, keep_scale, site,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+    """probabilities() with keys as rows, [BLOCK_N, BLOCK_M], for kernels that hold a key block over a loop of query tiles.
+
+    k and v are then the left operands, which warps share out among them: as right operands every warp would keep all of
+    both in registers through the loop. The probabilities are already laid out as the left operand of dV.
+    """
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
+    probs = tl.exp2(scores - lse2[None, :])
+    probs = tl.where((tl.arange(0, BLOCK_N) < num_keys)[:, None], probs, 0.0)
+    dprobs = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    dropped = probs
+    if DROPOUT:
+        keep = tl.trans(keep_tile(first_query, first_key, c2, site * 8 + stream, seed, threshold, BLOCK_M, BLOCK_N))
+        dropped = tl.where(keep, probs * keep_scale, 0.0)
+        dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
+    return probs, dropped, dprobs
+
+
+@triton.jit
 def load_stat(base, first_row, num_rows, other, R: tl.constexpr):
     """[R] fp32 row statistics (log-sum-exp, delta) from first_row on, `other` past the num_rows that exist."""
     rows = tl.arange(0, R)

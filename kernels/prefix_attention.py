@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ptv2_engine.kernels import prefix_attention_long, prefix_grad
-from ptv2_engine.kernels.attention_tile import (LN2, LOG2E, attend, load_prefix, load_stat, load_tile, prefix_keep, probabilities,
+from ptv2_engine.kernels.attention_tile import (LN2, LOG2E, attend, key_probabilities, load_prefix, load_stat, load_tile, prefix_keep,
                                                 prompt_of, store_tile, zero_rows)
 from ptv2_engine.kernels.philox import PREFIX_K, PREFIX_PROB, PREFIX_V, TOKEN_PROB, threshold_arg
 from ptv2_engine.kernels.tuning import choose, power_of_two
@@ -111,27 +111,27 @@ def sweep_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, lse_NT, dqkv
         q = load_tile(q_TND + n * D, start + first, q_row, length - first, BLOCK_M, D, BLOCK_D)
         do = load_tile(dout_TND + n * D, start + first, N * D, length - first, BLOCK_M, D, BLOCK_D)
         lse2 = load_stat(lse_NT, stat_row + first, length - first, float("inf"), BLOCK_M) * LOG2E
-        probs, dropped, dprobs = probabilities(q, do, k, v, lse2, length, scale2, first, 0, c2, TOKEN_PROB, seed, threshold,
+        probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, length, scale2, first, 0, c2, TOKEN_PROB, seed, threshold,
                                                keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
-        delta = tl.sum(probs * dprobs, 1)
+        delta = tl.sum(probs * dprobs, 0)
         if BLOCK_P > 0:
-            p_probs, p_dropped, p_dprobs = probabilities(q, do, pk, pv, lse2, num_prefix, scale2, first, 0, c2, PREFIX_PROB, seed,
+            p_probs, p_dropped, p_dprobs = key_probabilities(q, do, pk, pv, lse2, num_prefix, scale2, first, 0, c2, PREFIX_PROB, seed,
                                                          threshold, keep_scale, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
-            delta += tl.sum(p_probs * p_dprobs, 1)
-            p_ds = (p_probs * (p_dprobs - delta[:, None])).to(q.dtype)
+            delta += tl.sum(p_probs * p_dprobs, 0)
+            p_ds = (p_probs * (p_dprobs - delta[None, :])).to(q.dtype)
             if FUSE_PREFIX:
-                dpv = tl.dot(tl.trans(p_dropped.to(do.dtype)), do, dpv, input_precision=PRECISION)
-                dpk = tl.dot(tl.trans(p_ds), q, dpk, input_precision=PRECISION)
+                dpv = tl.dot(p_dropped.to(do.dtype), do, dpv, input_precision=PRECISION)
+                dpk = tl.dot(p_ds, q, dpk, input_precision=PRECISION)
         if STORE_DELTA:
             rows = tl.arange(0, BLOCK_M)
             tl.store(delta_NT + stat_row + first + rows, delta, mask=rows < length - first)
         if NEED_TOKENS:
-            dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv, input_precision=PRECISION)
-            ds = (probs * (dprobs - delta[:, None])).to(q.dtype)
-            dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-            dq = tl.dot(ds, k, input_precision=PRECISION)
+            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = (probs * (dprobs - delta[None, :])).to(q.dtype)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+            dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
             if BLOCK_P > 0:
-                dq = tl.dot(p_ds, pk, dq, input_precision=PRECISION)
+                dq = tl.dot(tl.trans(p_ds), pk, dq, input_precision=PRECISION)
             store_tile(dqkv_T3ND + n * D, start + first, grad_row, length - first, dq * scale, BLOCK_M, D, BLOCK_D)
     if NEED_TOKENS:
         store_tile(dqkv_T3ND + (N + n) * D, start, grad_row, length, dk * scale, BLOCK_N, D, BLOCK_D)

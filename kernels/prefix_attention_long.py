@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptv2_engine.kernels.attention_tile import (LOG2E, load_prefix, load_stat, load_tile, probabilities, prompt_of, store_tile,
+from ptv2_engine.kernels.attention_tile import (LOG2E, key_probabilities, load_prefix, load_stat, load_tile, probabilities, prompt_of, store_tile,
                                                 zero_rows)
 from ptv2_engine.kernels.philox import PREFIX_K, PREFIX_PROB, PREFIX_V, TOKEN_PROB
 from ptv2_engine.kernels.tuning import AttentionPlan
@@ -116,11 +116,11 @@ def dkdv_kernel(dout_TND, q_TND, k_TND, v_TND, lse_NT, delta_NT, dqkv_T3ND, cu_s
         do = load_tile(dout_TND + n * D, start + i, N * D, length - i, BLOCK_M, D, BLOCK_D)
         lse2 = load_stat(lse_NT, stat_row + i, length - i, float("inf"), BLOCK_M) * LOG2E
         delta = load_stat(delta_NT, stat_row + i, length - i, 0.0, BLOCK_M)
-        probs, dropped, dprobs = probabilities(q, do, k, v, lse2, length - first, scale2, i, first, b * N + n, TOKEN_PROB, seed,
+        probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, length - first, scale2, i, first, b * N + n, TOKEN_PROB, seed,
                                                threshold, keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
-        dv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dv, input_precision=PRECISION)
-        ds = (probs * (dprobs - delta[:, None])).to(q.dtype)
-        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
+        dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = (probs * (dprobs - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     store_tile(dqkv_T3ND + (N + n) * D, start + first, grad_row, length - first, dk * scale, BLOCK_N, D, BLOCK_D)
     store_tile(dqkv_T3ND + (2 * N + n) * D, start + first, grad_row, length - first, dv, BLOCK_N, D, BLOCK_D)
 

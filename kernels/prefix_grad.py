@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptv2_engine.kernels.attention_tile import LOG2E, load_prefix, load_stat, load_tile, prefix_keep, probabilities, store_tile
+from ptv2_engine.kernels.attention_tile import LOG2E, key_probabilities, load_prefix, load_stat, load_tile, prefix_keep, store_tile
 from ptv2_engine.kernels.philox import PREFIX_K, PREFIX_PROB, PREFIX_V
 from ptv2_engine.kernels.tuning import TileConfig, choose_splits
 
@@ -61,11 +61,11 @@ def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, pa
             do = load_tile(dout_TND + n * D, start + i, N * D, length - i, BLOCK_M, D, BLOCK_D)
             lse2 = load_stat(lse_NT, stat_row + i, length - i, float("inf"), BLOCK_M) * LOG2E
             delta = load_stat(delta_NT, stat_row + i, length - i, 0.0, BLOCK_M)
-            probs, dropped, dprobs = probabilities(q, do, k, v, lse2, num_prefix - first_key, scale2, i, first_key, c2, PREFIX_PROB, seed,
+            probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, num_prefix - first_key, scale2, i, first_key, c2, PREFIX_PROB, seed,
                                                    threshold, keep_scale, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
-            dpv = tl.dot(tl.trans(dropped.to(do.dtype)), do, dpv, input_precision=PRECISION)
-            ds = (probs * (dprobs - delta[:, None])).to(q.dtype)
-            dpk = tl.dot(tl.trans(ds), q, dpk, input_precision=PRECISION)
+            dpv = tl.dot(dropped.to(do.dtype), do, dpv, input_precision=PRECISION)
+            ds = (probs * (dprobs - delta[None, :])).to(q.dtype)
+            dpk = tl.dot(ds, q, dpk, input_precision=PRECISION)
         if PREFIX_DROPOUT:
             keep_k = prefix_keep(first_key, c2, seed, prefix_threshold, site, PREFIX_K, BLOCK_P, BLOCK_D)
             keep_v = prefix_keep(first_key, c2, seed, prefix_threshold, site, PREFIX_V, BLOCK_P, BLOCK_D)

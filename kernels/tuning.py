@@ -68,23 +68,22 @@ def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, nu
     num_sequences and num_tokens decide where the prefix gradient is made: inside the sweep, which writes one partial a
     sequence, or by a kernel of its own, which reads q and dO once more but writes only a few partials.
     """
-    width = power_of_two(head_dim)
+    wide = head_dim > 64
     tokens = power_of_two(max_seqlen)
     prefix = min(64, power_of_two(prompt_length)) if prompt_length else 0
     if itemsize == 4:
-        block = TileConfig(16, 16, min(prefix, 16), 4, 1, "fp32 multiplies without tensor cores: 16 x 16 tiles, no spill")
+        block = TileConfig(32, 32, min(prefix, 32), 8, 1, "fp32 multiplies without tensor cores: 32 x 32 tiles")
         return AttentionPlan(block, None, block, block, block, False, block.why)
-    wide = width > 64
-    forward = TileConfig(64, min(tokens, 64 if wide else 128), prefix, 4, 2, "64 queries: a warp keeps 16 whole rows")
-    dq = TileConfig(64, min(tokens, 64), min(prefix, 64), 4, 2, "64 x 64 tiles keep S, dP and dQ in registers")
-    dkdv = TileConfig(64, min(tokens, 64), min(prefix, 64), 8 if wide else 4, 2, "64 x 64 tiles keep dK and dV in registers")
-    gradient = TileConfig(64, 0, prefix, 8 if wide else 4, 2, f"{prefix} prefix keys stay, queries stream")
-    if max_seqlen > ONE_BLOCK_TOKENS or prompt_length > ONE_SWEEP_PREFIX or wide and max_seqlen > ONE_BLOCK_TOKENS // 2:
+    block = 32 if wide else 64
+    forward = TileConfig(64, min(tokens, block), min(prefix, block), 4, 2, f"a warp keeps 16 whole rows, keys stream by {block}")
+    dq = TileConfig(64, min(tokens, 32), min(prefix, 32), 4, 2, "a warp keeps 16 whole rows, keys stream by 32")
+    dkdv = TileConfig(32, 64, prefix, 4, 2, "a warp keeps 16 keys, queries stream by 32")
+    gradient = TileConfig(32, 0, prefix, prefix // 16, 2, "a warp keeps 16 prefix keys, queries stream by 32")
+    if max_seqlen > (ONE_BLOCK_TOKENS // 2 if wide else ONE_BLOCK_TOKENS) or prompt_length > ONE_SWEEP_PREFIX:
         return AttentionPlan(forward, None, dq, dkdv, gradient, False,
                              f"{max_seqlen} + {prompt_length} keys of {head_dim}: dQ and dK, dV in kernels of their own")
     fuse = 2 * num_sequences * prompt_length <= num_tokens
-    sweep = TileConfig(64 if tokens <= 64 and not wide else 32, tokens, prefix, 4 if tokens <= 64 and not wide else 8, 1,
-                       "all keys on chip: dK, dV in registers")
+    sweep = TileConfig(32, tokens, prefix, max(4, tokens // 16), 1, "all keys on chip: a warp keeps 16 keys, queries stream by 32")
     return AttentionPlan(forward, sweep, dq, dkdv, gradient, fuse,
                          f"{max_seqlen} + {prompt_length} keys of {head_dim} fit one block: one sweep over the queries, prefix gradient "
                          f"{'inside, one partial a sequence' if fuse else 'apart: partials would outweigh reading q and dO again'}")
