@@ -94,6 +94,8 @@ class Encoder(nn.Module):
             x_TH, cu_seqlens, token_rows, max_seqlen = insert_rows(x_TH, batch, rows, prompt_lengths, hidden)
         step = Step(cu_seqlens, max_seqlen, batch.prompt_ids, None if prefix is None else prefix.prompt_lengths, prefix_dropout,
                     hidden, attention, seed)
+        if first_tokens_only and not batch.num_tokens:
+            return x_TH.new_zeros(batch.num_sequences, self.config.hidden_size)
         rows = self._first_rows(batch, token_rows) if first_tokens_only else token_rows
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
@@ -105,8 +107,8 @@ class Encoder(nn.Module):
     @staticmethod
     def _first_rows(batch: PackedBatch, token_rows_T: Tensor | None) -> Tensor:
         """int64 [B]: the row of each sequence's first token; any row for an empty sequence."""
-        rows = batch.cu_seqlens[:-1].long().clamp(max=max(batch.num_tokens - 1, 0))
-        return rows if token_rows_T is None or not batch.num_tokens else token_rows_T[rows]
+        rows = batch.cu_seqlens[:-1].long().clamp(max=batch.num_tokens - 1)
+        return rows if token_rows_T is None else token_rows_T[rows]
 
     @torch.no_grad()
     def keys_values(self, ids_P: Tensor) -> Tensor:

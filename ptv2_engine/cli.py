@@ -1,0 +1,135 @@
+"""The `ptv2` command: train, evaluate, predict, info. Argument parsing and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ptv2_engine.errors import PTV2Error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, or 2 with one sentence on stderr for anything a user can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "info": _info}
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: ptv2 {train,evaluate,predict,info} ...\n\n"
+              "  train     train a prompt on a frozen backbone (ptv2 train --help: all flags)\n"
+              "  evaluate  score an adapter on a file\n"
+              "  predict   label texts with an adapter\n"
+              "  info      versions, devices, and which backend runs for each op and why")
+        return 0
+    if argv[0] == "--version":
+        from ptv2_engine import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in commands:
+        print(f"ptv2: {argv[0]!r} is not a command; choose one of {', '.join(commands)}.", file=sys.stderr)
+        return 2
+    try:
+        commands[argv[0]](argv[1:])
+    except PTV2Error as error:
+        print(f"ptv2: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ptv2: interrupted; checkpoints written so far are kept.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(argv: list[str]) -> None:
+    from ptv2_engine import cli_args
+
+    if {"-h", "--help"} & set(argv):
+        cli_args.print_help()
+        return
+    model_args, data_args, prompt_args, training_args, notes = cli_args.parse_train(argv)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    from ptv2_engine.cli_train import train
+
+    print(json.dumps(train(model_args, data_args, prompt_args, training_args), indent=2))
+
+
+def _adapter_parser(name: str, text: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"ptv2 {name}", description=text)
+    parser.add_argument("adapter", help="folder that training wrote")
+    parser.add_argument("--backbone", help="hub id or folder, when the one the adapter names is elsewhere")
+    parser.add_argument("--text_columns", nargs="+", help="default: those of the training run")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--max_seq_length", type=int, help="default: that of the training run")
+    parser.add_argument("--device", default=None, help="default: cuda when there is one, else cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None)
+    return parser
+
+
+def _evaluate(argv: list[str]) -> None:
+    parser = _adapter_parser("evaluate", "Score an adapter on a labelled file; prints metrics as JSON.")
+    parser.add_argument("file", help="csv, tsv, json, jsonl, parquet or CoNLL columns")
+    parser.add_argument("--label_column")
+    args = parser.parse_args(argv)
+    from ptv2_engine.cli_predict import Predictor
+
+    print(json.dumps(Predictor.from_arguments(args).evaluate(args.file, args.label_column), indent=2))
+
+
+def _predict(argv: list[str]) -> None:
+    parser = _adapter_parser("predict", "Label texts with an adapter.")
+    parser.add_argument("texts", nargs="*", help="texts; without any and without --file, lines of standard input are read")
+    parser.add_argument("--file", help="csv, tsv, json, jsonl or parquet with the text columns")
+    parser.add_argument("--format", choices=["table", "jsonl", "csv"], default="table")
+    parser.add_argument("--output", help="write there instead of standard output")
+    args = parser.parse_args(argv)
+    from ptv2_engine.cli_predict import Predictor
+
+    predictor = Predictor.from_arguments(args)
+    texts = args.texts or (None if args.file else [line.rstrip("\n") for line in sys.stdin if line.strip()])
+    rows = predictor.predict_file(args.file) if texts is None else predictor.predict_texts(texts)
+    if args.output:
+        from ptv2_engine.adapter import replace_file
+        from ptv2_engine.errors import OutputError
+
+        try:
+            replace_file(Path(args.output), _render(rows, args.format).encode())
+        except OSError as error:
+            raise OutputError(f"--output {args.output} cannot be written ({error.strerror}); choose another path.") from error
+    else:
+        print(_render(rows, args.format), end="")
+
+
+def _render(rows: list[dict[str, Any]], form: str) -> str:
+    import io
+
+    if form == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    out = io.StringIO()
+    if form == "csv":
+        writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else ["text"])
+        writer.writeheader()
+        writer.writerows(rows)
+        return out.getvalue()
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*(rows[0] if rows else ["text"]))
+    for row in rows:
+        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console(file=out, width=120).print(table)
+    return out.getvalue()
+
+
+def _info(argv: list[str]) -> None:
+    argparse.ArgumentParser(prog="ptv2 info", description="Versions, devices, backends.").parse_args(argv)
+    from ptv2_engine.info import describe
+
+    print(describe())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

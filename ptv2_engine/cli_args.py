@@ -1,0 +1,162 @@
+"""What `ptv2 train` accepts: every transformers.TrainingArguments flag, ours, a YAML file, and the published spelling."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from ptv2_engine.errors import ConfigError
+from ptv2_engine.prompt import PromptConfig
+
+DEFAULTS = {"output_dir": "runs/ptv2", "learning_rate": "5e-3", "per_device_train_batch_size": "32",
+            "per_device_eval_batch_size": "64", "num_train_epochs": "10", "logging_steps": "10", "report_to": "none",
+            "eval_strategy": "epoch", "save_strategy": "no", "disable_tqdm": "True"}
+
+# the published scripts' flags (and transformers 4's) -> ours
+ALIASES = {"pre_seq_len": "prompt_length", "prefix_hidden_size": "reparameterization_hidden", "evaluation_strategy": "eval_strategy",
+           "reparam": "reparameterization", "depth": "prompt_layers", "backbone": "model_name_or_path"}
+SWITCHES = {"prefix": ("method", "deep"), "prompt": ("method", "shallow"), "prefix_projection": ("reparameterization", "mlp")}
+# flags of the published scripts that have no effect here, and whether a value follows
+IGNORED = {"overwrite_output_dir", "overwrite_cache", "use_fast_tokenizer", "pad_to_max_length", "do_train", "use_auth_token",
+           "cache_dir", "config_name"}
+
+
+@dataclass
+class ModelArguments:
+    """The backbone."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "hub id or local folder of the frozen backbone"})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "default: the backbone's"})
+    dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16; default: the checkpoint's (--bf16 also casts)"})
+    pooler: str = field(default="auto", metadata={"help": "frozen (pretrained), trained, or auto"})
+    shift_positions: bool = field(default=True, metadata={"help": "tokens take the positions behind the prompt, as published"})
+    hidden_dropout_prob: float | None = field(default=None, metadata={
+        "help": "overwrites the backbone's hidden dropout, the prompt's and the head's, as the published flag does"})
+
+
+@dataclass
+class DataArguments:
+    """Your own files, or a published data set by name."""
+
+    train_file: str | None = field(default=None, metadata={"help": "csv, tsv, json, jsonl, parquet or CoNLL columns (txt, conll)"})
+    validation_file: str | None = None
+    test_file: str | None = None
+    text_columns: list[str] | None = field(default=None, metadata={"help": "one or two columns; one with word lists for tagging"})
+    label_column: str | None = field(default=None, metadata={"help": "default: label, labels or tags"})
+    task_name: str | None = field(default=None, metadata={"help": "glue, superglue or ner"})
+    dataset_name: str | None = field(default=None, metadata={"help": "rte, sst2, conll2003, ..."})
+    data_dir: str | None = field(default=None, metadata={"help": "folder with the data set's files instead of the hub"})
+    template_id: int = field(default=0, metadata={"help": "input template of WiC and WSC (0 or 1)"})
+    max_seq_length: int = field(default=128, metadata={"help": "tokens kept of an example; the model's limit also applies"})
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    max_predict_samples: int | None = None
+
+
+@dataclass
+class PromptArguments:
+    """What is trained beside the head."""
+
+    method: str = field(default="deep", metadata={"help": "deep (P-Tuning v2), shallow (prompt tuning, P-tuning) or none (head only)"})
+    prompt_length: int = 20
+    prompt_layers: str = field(default="all", metadata={"help": "all, a number k for the top k, or layers from 1 such as 17-24"})
+    reparameterization: str | None = field(default=None, metadata={"help": "mlp or lstm"})
+    reparameterization_hidden: int = 512
+    prompt_dropout: float = 0.1
+    prompt_init: str = field(default="normal", metadata={"help": "normal, zero, tokens, or the folder of a saved adapter"})
+    head_learning_rate: float | None = None
+    epoch_decay: float | None = field(default=None, metadata={"help": "multiply the rate by this each epoch; default 0.95 for tagging"})
+
+    def prompt_config(self) -> PromptConfig:
+        return PromptConfig(prompt_length=self.prompt_length, prompt_layers=self.prompt_layers, method=self.method,
+                            reparameterization=self.reparameterization, reparameterization_hidden=self.reparameterization_hidden,
+                            prompt_dropout=self.prompt_dropout, init=self.prompt_init)
+
+
+GROUPS = (ModelArguments, DataArguments, PromptArguments, TrainingArguments)
+
+
+def known_flags() -> list[str]:
+    return [f.name for group in GROUPS for f in dataclasses.fields(group) if f.init]
+
+
+def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PromptArguments, TrainingArguments, list[str]]:
+    """The four groups and notes for the user (ignored flags). Later wins: defaults, then --config's file, then the flags.
+
+    Raises ConfigError for an unknown flag or key, naming the nearest.
+    """
+    notes: list[str] = []
+    flags = _translate(_split(argv), notes)
+    file = flags.pop("config", None)
+    merged: dict[str, list[str]] = {name: [value] for name, value in DEFAULTS.items()}
+    if file is not None:
+        merged |= _translate(_from_yaml(file[0]), notes)
+    merged |= flags
+    known = set(known_flags())
+    for name in merged:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known | set(ALIASES) | set(SWITCHES)), 1)
+            raise ConfigError(f"--{name} is not a flag of ptv2 train" + (f"; did you mean --{near[0]}?" if near else
+                                                                         "; ptv2 train --help lists them."))
+    parser: Any = HfArgumentParser(GROUPS, allow_abbrev=False, prog="ptv2 train")
+    parser.error = _refuse
+    words = [word for name, values in merged.items() for word in (f"--{name}", *values)]
+    return (*parser.parse_args_into_dataclasses(words), notes)
+
+
+def print_help() -> None:
+    HfArgumentParser(GROUPS, prog="ptv2 train").print_help()
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(f"{message}; see ptv2 train --help.")
+
+
+def _split(argv: Sequence[str]) -> dict[str, list[str]]:
+    """--name a b --flag --x=1 -> {"name": ["a", "b"], "flag": [], "x": ["1"]}"""
+    flags: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            current = flags[name.replace("-", "_")] = [value] if equals else []
+        elif current is None:
+            raise ConfigError(f"{word!r} stands alone; ptv2 train takes --flag value pairs.")
+        else:
+            current.append(word)
+    return flags
+
+
+def _from_yaml(path: str) -> dict[str, list[str]]:
+    import yaml
+
+    if not Path(path).is_file():
+        raise ConfigError(f"--config {path} does not exist; check the path.")
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not valid YAML ({str(error).splitlines()[0]}); correct it.") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"--config {path} must hold keys and values, such as 'learning_rate: 5e-3'.")
+    return {str(k): [str(v) for v in value] if isinstance(value, list) else [str(value)]
+            for k, value in loaded.items() if value is not None}
+
+
+def _translate(flags: dict[str, list[str]], notes: list[str]) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for name, values in flags.items():
+        if name in SWITCHES and (not values or values[0].lower() in ("true", "false")):
+            if not values or values[0].lower() == "true":
+                target, value = SWITCHES[name]
+                out[target] = [value]
+        elif name in IGNORED:
+            notes.append(f"--{name} has no effect here")
+        else:
+            out[ALIASES.get(name, name)] = values
+    return out
