@@ -67,20 +67,20 @@ def prefix_keep(first_key, c2, seed, threshold, site, stream, BLOCK: tl.constexp
 
 
 @triton.jit
-def load_prefix(base, first_key, row_stride, num_keys, c2, seed, threshold, keep_scale, site, stream, DROPOUT: tl.constexpr,
+def load_prefix(base, first_key, row_stride, num_keys, c2, seed, threshold, site, stream, DROPOUT: tl.constexpr,
                 BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK, BLOCK_D] prefix rows with this sequence's own dropout mask applied."""
+    """[BLOCK, BLOCK_D] prefix rows under this sequence's own dropout mask; its 1 / (1 - p) is left to the products."""
     x = load_tile(base, first_key, row_stride, num_keys - first_key, BLOCK, D, BLOCK_D)
     if DROPOUT:
-        keep = prefix_keep(first_key, c2, seed, threshold, site, stream, BLOCK, BLOCK_D)
-        x = tl.where(keep, x.to(tl.float32) * keep_scale, 0.0).to(x.dtype)
+        x = tl.where(prefix_keep(first_key, c2, seed, threshold, site, stream, BLOCK, BLOCK_D), x, tl.zeros_like(x))
     return x
 
 
 @triton.jit
-def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, first_query, first_key, c2, stream, seed, threshold, site,
+def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold, site,
            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    """One online-softmax step over a key block of which num_keys exist. Dropout's 1 / (1 - p) is left to the end."""
+    """One online-softmax step over a key block of which num_keys exist; v counts value_scale times (1 / (1 - p) of a dropped
+    prefix). The 1 / (1 - p) of the probabilities' dropout is left to the end."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
     scores = tl.where((tl.arange(0, BLOCK_N) < num_keys)[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -90,12 +90,12 @@ def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, first_query, first_
     if DROPOUT:
         keep = keep_tile(first_query, first_key, c2, site * 8 + stream, seed, threshold, BLOCK_M, BLOCK_N)
         probs = tl.where(keep, probs, 0.0)
-    acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    acc = tl.dot((probs * value_scale).to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
 
 
 @triton.jit
-def probabilities(q, do, k, v, lse2, num_keys, scale2, first_query, first_key, c2, stream, seed, threshold, keep_scale, site,
+def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold, keep_scale, site,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
     """(probs, dropped probs, d probs) [BLOCK_M, BLOCK_N] of a key block, recomputed from the log-sum-exp in base 2.
 
@@ -104,7 +104,7 @@ def probabilities(q, do, k, v, lse2, num_keys, scale2, first_query, first_key, c
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
     probs = tl.exp2(scores - lse2[:, None])
     probs = tl.where((tl.arange(0, BLOCK_N) < num_keys)[None, :], probs, 0.0)
-    dprobs = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    dprobs = tl.dot(do, tl.trans(v), input_precision=PRECISION) * value_scale
     dropped = probs
     if DROPOUT:
         keep = keep_tile(first_query, first_key, c2, site * 8 + stream, seed, threshold, BLOCK_M, BLOCK_N)
@@ -114,7 +114,7 @@ def probabilities(q, do, k, v, lse2, num_keys, scale2, first_query, first_key, c
 
 
 @triton.jit
-def key_probabilities(q, do, k, v, lse2, num_keys, scale2, first_query, first_key, c2, stream, seed, threshold, keep_scale, site,
+def key_probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold, keep_scale, site,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
     """probabilities() with keys as rows, [BLOCK_N, BLOCK_M], for kernels that hold a key block over a loop of query tiles.
 
@@ -124,7 +124,7 @@ def key_probabilities(q, do, k, v, lse2, num_keys, scale2, first_query, first_ke
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
     probs = tl.exp2(scores - lse2[None, :])
     probs = tl.where((tl.arange(0, BLOCK_N) < num_keys)[:, None], probs, 0.0)
-    dprobs = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    dprobs = tl.dot(v, tl.trans(do), input_precision=PRECISION) * value_scale
     dropped = probs
     if DROPOUT:
         keep = tl.trans(keep_tile(first_query, first_key, c2, site * 8 + stream, seed, threshold, BLOCK_M, BLOCK_N))

@@ -56,16 +56,16 @@ def forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, cu_
         pk_base = prefix_k + prompt * pk_prompt + n * D
         pv_base = prefix_v + prompt * pv_prompt + n * D
         for j in range(0, num_prefix, BLOCK_P):
-            k = load_prefix(pk_base, j, pk_row, num_prefix, c2, seed, prefix_threshold, prefix_scale, site, PREFIX_K,
+            k = load_prefix(pk_base, j, pk_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_K,
                             PREFIX_DROPOUT, BLOCK_P, D, BLOCK_D)
-            v = load_prefix(pv_base, j, pv_row, num_prefix, c2, seed, prefix_threshold, prefix_scale, site, PREFIX_V,
+            v = load_prefix(pv_base, j, pv_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_V,
                             PREFIX_DROPOUT, BLOCK_P, D, BLOCK_D)
-            acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, num_prefix - j, scale2, first, j, c2, PREFIX_PROB, seed,
+            acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, num_prefix - j, scale2 * prefix_scale, prefix_scale, first, j, c2, PREFIX_PROB, seed,
                                            threshold, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
     for j in range(0, length, BLOCK_N):
         k = load_tile(k_TND + n * D, start + j, k_row, length - j, BLOCK_N, D, BLOCK_D)
         v = load_tile(v_TND + n * D, start + j, v_row, length - j, BLOCK_N, D, BLOCK_D)
-        acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, length - j, scale2, first, j, c2, TOKEN_PROB, seed,
+        acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, length - j, scale2, 1.0, first, j, c2, TOKEN_PROB, seed,
                                        threshold, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
     inverse = 1.0 / row_sum
     if DROPOUT:
@@ -99,9 +99,9 @@ def sweep_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, lse_NT, dqkv
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if BLOCK_P > 0:
         prompt, num_prefix = prompt_of(prompt_ids, prompt_lengths, b, P)
-        pk = load_prefix(prefix_k + prompt * pk_prompt + n * D, 0, pk_row, num_prefix, c2, seed, prefix_threshold, prefix_scale,
+        pk = load_prefix(prefix_k + prompt * pk_prompt + n * D, 0, pk_row, num_prefix, c2, seed, prefix_threshold,
                          site, PREFIX_K, PREFIX_DROPOUT, BLOCK_P, D, BLOCK_D)
-        pv = load_prefix(prefix_v + prompt * pv_prompt + n * D, 0, pv_row, num_prefix, c2, seed, prefix_threshold, prefix_scale,
+        pv = load_prefix(prefix_v + prompt * pv_prompt + n * D, 0, pv_row, num_prefix, c2, seed, prefix_threshold,
                          site, PREFIX_V, PREFIX_DROPOUT, BLOCK_P, D, BLOCK_D)
         if FUSE_PREFIX:
             dpk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
@@ -111,14 +111,14 @@ def sweep_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, lse_NT, dqkv
         q = load_tile(q_TND + n * D, start + first, q_row, length - first, BLOCK_M, D, BLOCK_D)
         do = load_tile(dout_TND + n * D, start + first, N * D, length - first, BLOCK_M, D, BLOCK_D)
         lse2 = load_stat(lse_NT, stat_row + first, length - first, float("inf"), BLOCK_M) * LOG2E
-        probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, length, scale2, first, 0, c2, TOKEN_PROB, seed, threshold,
+        probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, length, scale2, 1.0, first, 0, c2, TOKEN_PROB, seed, threshold,
                                                keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
         delta = tl.sum(probs * dprobs, 0)
         if BLOCK_P > 0:
-            p_probs, p_dropped, p_dprobs = key_probabilities(q, do, pk, pv, lse2, num_prefix, scale2, first, 0, c2, PREFIX_PROB, seed,
+            p_probs, p_dropped, p_dprobs = key_probabilities(q, do, pk, pv, lse2, num_prefix, scale2 * prefix_scale, prefix_scale, first, 0, c2, PREFIX_PROB, seed,
                                                          threshold, keep_scale, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
             delta += tl.sum(p_probs * p_dprobs, 0)
-            p_ds = (p_probs * (p_dprobs - delta[None, :])).to(q.dtype)
+            p_ds = (p_probs * (p_dprobs - delta[None, :]) * prefix_scale).to(q.dtype)
             if FUSE_PREFIX:
                 dpv = tl.dot(p_dropped.to(do.dtype), do, dpv, input_precision=PRECISION)
                 dpk = tl.dot(p_ds, q, dpk, input_precision=PRECISION)
@@ -139,7 +139,7 @@ def sweep_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, lse_NT, dqkv
     if FUSE_PREFIX:
         dpk *= scale
         if PREFIX_DROPOUT:
-            dpk = tl.where(prefix_keep(0, c2, seed, prefix_threshold, site, PREFIX_K, BLOCK_P, BLOCK_D), dpk * prefix_scale, 0.0)
+            dpk = tl.where(prefix_keep(0, c2, seed, prefix_threshold, site, PREFIX_K, BLOCK_P, BLOCK_D), dpk, 0.0)
             dpv = tl.where(prefix_keep(0, c2, seed, prefix_threshold, site, PREFIX_V, BLOCK_P, BLOCK_D), dpv * prefix_scale, 0.0)
         row = b.to(tl.int64) * P
         store_tile(partial_2BPND + n * D, row, N * D, num_prefix, dpk, BLOCK_P, D, BLOCK_D)

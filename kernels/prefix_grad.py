@@ -9,6 +9,7 @@ Rows past a prompt's length and prompts nobody uses get 0.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,8 +21,27 @@ from ptv2_engine.kernels.tuning import TileConfig, choose_splits
 REDUCE_ROWS, REDUCE_COLUMNS = 16, 128
 
 
+@triton.jit
+def add_masked(total, raw, first_row, row_stride, num_rows, first_key, c2, seed, threshold, factor, site, stream, x, R: tl.constexpr,
+               D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """total += x * factor under this sequence's prefix mask, for rows of total and raw that only this program touches.
+
+    x goes through memory (L2) and comes back 8 rows at a time: mask, x and running sum of a whole tile would not fit the
+    registers. The barriers let one thread read what another one wrote.
+    """
+    tl.debug_barrier()
+    store_tile(raw, first_row, row_stride, num_rows, x, R, D, BLOCK_D)
+    tl.debug_barrier()
+    for r in range(0, R, 8):
+        part = load_tile(raw, first_row + r, row_stride, num_rows - r, 8, D, BLOCK_D)
+        keep = prefix_keep(first_key + r, c2, seed, threshold, site, stream, 8, BLOCK_D)
+        part = tl.where(keep, part * factor, 0.0) + load_tile(total, first_row + r, row_stride, num_rows - r, 8, D, BLOCK_D)
+        store_tile(total, first_row + r, row_stride, num_rows - r, part, 8, D, BLOCK_D)
+    tl.debug_barrier()
+
+
 @triton.jit(do_not_specialize=["T", "B", "P", "K", "groups", "query_groups", "threshold", "prefix_threshold", "site"])
-def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial_2CKPND, cu_seqlens, prompt_ids, prompt_lengths,
+def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial_2CKPND, raw_2CKPND, cu_seqlens, prompt_ids, prompt_lengths,
                        seed, q_row, pk_prompt, pk_row, pv_prompt, pv_row, T, B, P, K, N, groups, query_groups, scale, threshold,
                        keep_scale, prefix_threshold, prefix_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                        BLOCK_P: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
@@ -34,9 +54,14 @@ def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, pa
     scale2 = scale * LOG2E
     pk_base = prefix_k + prompt.to(tl.int64) * pk_prompt + n * D
     pv_base = prefix_v + prompt.to(tl.int64) * pv_prompt + n * D
+    row = (split * K + prompt).to(tl.int64) * P + first_key
+    row_v = row + (groups * query_groups * K).to(tl.int64) * P
     dpk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     dpv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    if not PREFIX_DROPOUT:
+    if PREFIX_DROPOUT:
+        store_tile(partial_2CKPND + n * D, row, N * D, num_prefix - first_key, dpk, BLOCK_P, D, BLOCK_D)
+        store_tile(partial_2CKPND + n * D, row_v, N * D, num_prefix - first_key, dpv, BLOCK_P, D, BLOCK_D)
+    else:
         k = load_tile(pk_base, first_key, pk_row, num_prefix - first_key, BLOCK_P, D, BLOCK_D)
         v = load_tile(pv_base, first_key, pv_row, num_prefix - first_key, BLOCK_P, D, BLOCK_D)
     for b in range(group, B, groups):
@@ -47,12 +72,10 @@ def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, pa
         c2 = b * N + n
         stat_row = n.to(tl.int64) * T + start
         if PREFIX_DROPOUT:
-            k = load_prefix(pk_base, first_key, pk_row, num_prefix, c2, seed, prefix_threshold, prefix_scale, site, PREFIX_K, True,
+            k = load_prefix(pk_base, first_key, pk_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_K, True,
                             BLOCK_P, D, BLOCK_D)
-            v = load_prefix(pv_base, first_key, pv_row, num_prefix, c2, seed, prefix_threshold, prefix_scale, site, PREFIX_V, True,
+            v = load_prefix(pv_base, first_key, pv_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_V, True,
                             BLOCK_P, D, BLOCK_D)
-            # This sequence's sum, without its mask yet.
-            total_dpk, total_dpv = dpk, dpv
             dpk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
             dpv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
         # Tiles are dealt out round robin, shifted by b: short sequences do not all fall to the first query group.
@@ -61,21 +84,20 @@ def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, pa
             do = load_tile(dout_TND + n * D, start + i, N * D, length - i, BLOCK_M, D, BLOCK_D)
             lse2 = load_stat(lse_NT, stat_row + i, length - i, float("inf"), BLOCK_M) * LOG2E
             delta = load_stat(delta_NT, stat_row + i, length - i, 0.0, BLOCK_M)
-            probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, num_prefix - first_key, scale2, i, first_key, c2, PREFIX_PROB, seed,
+            probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, num_prefix - first_key, scale2 * prefix_scale, prefix_scale, i, first_key, c2, PREFIX_PROB, seed,
                                                    threshold, keep_scale, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
             dpv = tl.dot(dropped.to(do.dtype), do, dpv, input_precision=PRECISION)
             ds = (probs * (dprobs - delta[None, :])).to(q.dtype)
             dpk = tl.dot(ds, q, dpk, input_precision=PRECISION)
         if PREFIX_DROPOUT:
-            keep_k = prefix_keep(first_key, c2, seed, prefix_threshold, site, PREFIX_K, BLOCK_P, BLOCK_D)
-            keep_v = prefix_keep(first_key, c2, seed, prefix_threshold, site, PREFIX_V, BLOCK_P, BLOCK_D)
-            dpk = total_dpk + tl.where(keep_k, dpk * prefix_scale, 0.0)
-            dpv = total_dpv + tl.where(keep_v, dpv * prefix_scale, 0.0)
-    splits = groups * query_groups
-    row = (split * K + prompt).to(tl.int64) * P + first_key
-    store_tile(partial_2CKPND + n * D, row, N * D, num_prefix - first_key, dpk * scale, BLOCK_P, D, BLOCK_D)
-    row += (splits * K).to(tl.int64) * P
-    store_tile(partial_2CKPND + n * D, row, N * D, num_prefix - first_key, dpv, BLOCK_P, D, BLOCK_D)
+            if length > 0:
+                add_masked(partial_2CKPND + n * D, raw_2CKPND + n * D, row, N * D, num_prefix - first_key, first_key, c2, seed,
+                           prefix_threshold, scale * prefix_scale, site, PREFIX_K, dpk, BLOCK_P, D, BLOCK_D)
+                add_masked(partial_2CKPND + n * D, raw_2CKPND + n * D, row_v, N * D, num_prefix - first_key, first_key, c2, seed,
+                           prefix_threshold, prefix_scale, site, PREFIX_V, dpv, BLOCK_P, D, BLOCK_D)
+    if not PREFIX_DROPOUT:
+        store_tile(partial_2CKPND + n * D, row, N * D, num_prefix - first_key, dpk * scale, BLOCK_P, D, BLOCK_D)
+        store_tile(partial_2CKPND + n * D, row_v, N * D, num_prefix - first_key, dpv, BLOCK_P, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["C", "K", "P"])
@@ -124,11 +146,12 @@ def prefix_bwd(inputs: tuple, lse_NT: Tensor, delta_NT: Tensor, dprefix: tuple[T
     blocks = triton.cdiv(P, tiles.block_p) * K
     groups, query_groups = choose_splits(run["B"], triton.cdiv(max_seqlen, tiles.block_m), blocks * N)
     partial = dprefix[0].new_empty((2, groups * query_groups, K, P, N, D))
+    raw = torch.empty_like(partial) if fixed["PREFIX_DROPOUT"] else None
     arguments = {name: value for name, value in run.items() if name not in ("k_row", "v_row")}
     # With no ids every sequence uses prompt 0: the other prompts' programs must not count them.
     prompt_ids = run["prompt_ids"] if run["prompt_ids"] is not None or K == 1 else run["cu_seqlens"].new_zeros(run["B"])
     prefix_grad_kernel[(groups * query_groups, N, blocks)](
-        dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial, **arguments | {"prompt_ids": prompt_ids}, K=K, groups=groups,
+        dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial, raw, **arguments | {"prompt_ids": prompt_ids}, K=K, groups=groups,
         query_groups=query_groups, **fixed, BLOCK_M=tiles.block_m, BLOCK_P=tiles.block_p, num_warps=tiles.warps,
         num_stages=tiles.stages)
     reduce(partial, dprefix, prompt_ids, run["prompt_lengths"], by_sequence=False)

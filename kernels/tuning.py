@@ -72,21 +72,23 @@ def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, nu
     tokens = power_of_two(max_seqlen)
     prefix = min(64, power_of_two(prompt_length)) if prompt_length else 0
     if itemsize == 4:
-        block = TileConfig(32, 32, min(prefix, 32), 8, 1, "fp32 multiplies without tensor cores: 32 x 32 tiles")
+        keys = 16 if wide else 32
+        block = TileConfig(32, keys, min(prefix, keys), 8, 1, f"fp32 multiplies without tensor cores: 32 x {keys} tiles")
         return AttentionPlan(block, None, block, block, block, False, block.why)
-    block = 32 if wide else 64
-    forward = TileConfig(64, min(tokens, block), min(prefix, block), 4, 2, f"a warp keeps 16 whole rows, keys stream by {block}")
-    dq = TileConfig(64, min(tokens, 32), min(prefix, 32), 4, 2, "a warp keeps 16 whole rows, keys stream by 32")
-    dkdv = TileConfig(32, 64, prefix, 4, 2, "a warp keeps 16 keys, queries stream by 32")
-    gradient = TileConfig(32, 0, prefix, prefix // 16, 2, "a warp keeps 16 prefix keys, queries stream by 32")
-    if max_seqlen > (ONE_BLOCK_TOKENS // 2 if wide else ONE_BLOCK_TOKENS) or prompt_length > ONE_SWEEP_PREFIX:
+    keys, stages = (32, 1) if wide else (64, 2)
+    forward = TileConfig(64, min(tokens, keys), min(prefix, keys // 2 if wide else keys), 4, 2,
+                         f"a warp keeps 16 whole rows, keys stream by {keys}")
+    dq = TileConfig(64, min(tokens, keys // 2), min(prefix, keys // 2), 4, stages, f"a warp keeps 16 whole rows, keys stream by {keys // 2}")
+    dkdv = TileConfig(32, 64, prefix, 4, stages, "a warp keeps 16 keys, queries stream by 32")
+    gradient = TileConfig(32, 0, prefix, prefix // 16, stages, "a warp keeps 16 prefix keys, queries stream by 32")
+    if wide or max_seqlen > ONE_BLOCK_TOKENS or prompt_length > ONE_SWEEP_PREFIX:
         return AttentionPlan(forward, None, dq, dkdv, gradient, False,
                              f"{max_seqlen} + {prompt_length} keys of {head_dim}: dQ and dK, dV in kernels of their own")
-    fuse = 2 * num_sequences * prompt_length <= num_tokens
+    fuse = tokens <= 64 and 2 * num_sequences * prompt_length <= num_tokens
     sweep = TileConfig(32, tokens, prefix, max(4, tokens // 16), 1, "all keys on chip: a warp keeps 16 keys, queries stream by 32")
     return AttentionPlan(forward, sweep, dq, dkdv, gradient, fuse,
                          f"{max_seqlen} + {prompt_length} keys of {head_dim} fit one block: one sweep over the queries, prefix gradient "
-                         f"{'inside, one partial a sequence' if fuse else 'apart: partials would outweigh reading q and dO again'}")
+                         f"{'inside, one partial a sequence' if fuse else 'apart: no registers, or partials outweigh reading q, dO again'}")
 
 
 def choose_splits(num_sequences: int, query_tiles: int, programs: int) -> tuple[int, int]:
