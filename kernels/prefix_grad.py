@@ -22,6 +22,17 @@ REDUCE_ROWS, REDUCE_COLUMNS = 16, 128
 
 
 @triton.jit
+def copy_masked(target, source, first_row, row_stride, source_stride, num_rows, first_key, c2, seed, threshold, site, stream,
+                R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows first_key.. of source under this sequence's prefix mask, to rows first_row.. of target, 8 at a time as below."""
+    tl.debug_barrier()
+    for r in range(0, tl.minimum(num_rows, R), 8):        # a bound unknown to the compiler: unrolled, the masks would spill
+        x = load_prefix(source, first_key + r, source_stride, first_key + num_rows, c2, seed, threshold, site, stream, True, 8, D, BLOCK_D)
+        store_tile(target, first_row + r, row_stride, num_rows - r, x, 8, D, BLOCK_D)
+    tl.debug_barrier()
+
+
+@triton.jit
 def add_masked(total, raw, first_row, row_stride, num_rows, first_key, c2, seed, threshold, factor, site, stream, x, R: tl.constexpr,
                D: tl.constexpr, BLOCK_D: tl.constexpr):
     """total += x * factor under this sequence's prefix mask, for rows of total and raw that only this program touches.
@@ -32,7 +43,7 @@ def add_masked(total, raw, first_row, row_stride, num_rows, first_key, c2, seed,
     tl.debug_barrier()
     store_tile(raw, first_row, row_stride, num_rows, x, R, D, BLOCK_D)
     tl.debug_barrier()
-    for r in range(0, R, 8):
+    for r in range(0, tl.minimum(num_rows, R), 8):        # a bound unknown to the compiler: unrolled, the masks would spill
         part = load_tile(raw, first_row + r, row_stride, num_rows - r, 8, D, BLOCK_D)
         keep = prefix_keep(first_key + r, c2, seed, threshold, site, stream, 8, BLOCK_D)
         part = tl.where(keep, part * factor, 0.0) + load_tile(total, first_row + r, row_stride, num_rows - r, 8, D, BLOCK_D)
@@ -41,7 +52,7 @@ def add_masked(total, raw, first_row, row_stride, num_rows, first_key, c2, seed,
 
 
 @triton.jit(do_not_specialize=["T", "B", "P", "K", "groups", "query_groups", "threshold", "prefix_threshold", "site"])
-def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial_2CKPND, raw_2CKPND, cu_seqlens, prompt_ids, prompt_lengths,
+def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial_2CKPND, raw_2CKPND, masked_2CKPND, cu_seqlens, prompt_ids, prompt_lengths,
                        seed, q_row, pk_prompt, pk_row, pv_prompt, pv_row, T, B, P, K, N, groups, query_groups, scale, threshold,
                        keep_scale, prefix_threshold, prefix_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                        BLOCK_P: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
@@ -72,10 +83,14 @@ def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, pa
         c2 = b * N + n
         stat_row = n.to(tl.int64) * T + start
         if PREFIX_DROPOUT:
-            k = load_prefix(pk_base, first_key, pk_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_K, True,
-                            BLOCK_P, D, BLOCK_D)
-            v = load_prefix(pv_base, first_key, pv_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_V, True,
-                            BLOCK_P, D, BLOCK_D)
+            # cu_seqlens[0] is 0. Reading it here keeps the addresses below out of registers during the loop over queries.
+            here, here_v = row + tl.load(cu_seqlens), row_v + tl.load(cu_seqlens)
+            copy_masked(masked_2CKPND + n * D, pk_base, here, N * D, pk_row, num_prefix - first_key, first_key, c2, seed,
+                        prefix_threshold, site, PREFIX_K, BLOCK_P, D, BLOCK_D)
+            copy_masked(masked_2CKPND + n * D, pv_base, here_v, N * D, pv_row, num_prefix - first_key, first_key, c2, seed,
+                        prefix_threshold, site, PREFIX_V, BLOCK_P, D, BLOCK_D)
+            k = load_tile(masked_2CKPND + n * D, here, N * D, num_prefix - first_key, BLOCK_P, D, BLOCK_D)
+            v = load_tile(masked_2CKPND + n * D, here_v, N * D, num_prefix - first_key, BLOCK_P, D, BLOCK_D)
             dpk = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
             dpv = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
         # Tiles are dealt out round robin, shifted by b: short sequences do not all fall to the first query group.
@@ -91,9 +106,10 @@ def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, pa
             dpk = tl.dot(ds, q, dpk, input_precision=PRECISION)
         if PREFIX_DROPOUT:
             if length > 0:
-                add_masked(partial_2CKPND + n * D, raw_2CKPND + n * D, row, N * D, num_prefix - first_key, first_key, c2, seed,
+                here, here_v = row + tl.load(cu_seqlens), row_v + tl.load(cu_seqlens)
+                add_masked(partial_2CKPND + n * D, raw_2CKPND + n * D, here, N * D, num_prefix - first_key, first_key, c2, seed,
                            prefix_threshold, scale * prefix_scale, site, PREFIX_K, dpk, BLOCK_P, D, BLOCK_D)
-                add_masked(partial_2CKPND + n * D, raw_2CKPND + n * D, row_v, N * D, num_prefix - first_key, first_key, c2, seed,
+                add_masked(partial_2CKPND + n * D, raw_2CKPND + n * D, here_v, N * D, num_prefix - first_key, first_key, c2, seed,
                            prefix_threshold, prefix_scale, site, PREFIX_V, dpv, BLOCK_P, D, BLOCK_D)
     if not PREFIX_DROPOUT:
         store_tile(partial_2CKPND + n * D, row, N * D, num_prefix - first_key, dpk * scale, BLOCK_P, D, BLOCK_D)
@@ -147,11 +163,12 @@ def prefix_bwd(inputs: tuple, lse_NT: Tensor, delta_NT: Tensor, dprefix: tuple[T
     groups, query_groups = choose_splits(run["B"], triton.cdiv(max_seqlen, tiles.block_m), blocks * N)
     partial = dprefix[0].new_empty((2, groups * query_groups, K, P, N, D))
     raw = torch.empty_like(partial) if fixed["PREFIX_DROPOUT"] else None
+    masked = torch.empty_like(partial, dtype=q_TND.dtype) if fixed["PREFIX_DROPOUT"] else None
     arguments = {name: value for name, value in run.items() if name not in ("k_row", "v_row")}
     # With no ids every sequence uses prompt 0: the other prompts' programs must not count them.
     prompt_ids = run["prompt_ids"] if run["prompt_ids"] is not None or K == 1 else run["cu_seqlens"].new_zeros(run["B"])
     prefix_grad_kernel[(groups * query_groups, N, blocks)](
-        dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial, raw, **arguments | {"prompt_ids": prompt_ids}, K=K, groups=groups,
+        dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial, raw, masked, **arguments | {"prompt_ids": prompt_ids}, K=K, groups=groups,
         query_groups=query_groups, **fixed, BLOCK_M=tiles.block_m, BLOCK_P=tiles.block_p, num_warps=tiles.warps,
         num_stages=tiles.stages)
     reduce(partial, dprefix, prompt_ids, run["prompt_lengths"], by_sequence=False)

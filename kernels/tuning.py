@@ -73,14 +73,15 @@ def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, nu
     prefix = min(64, power_of_two(prompt_length)) if prompt_length else 0
     if itemsize == 4:
         keys = 16 if wide else 32
-        block = TileConfig(32, keys, min(prefix, keys), 8, 1, f"fp32 multiplies without tensor cores: 32 x {keys} tiles")
+        block = TileConfig(keys, keys, min(prefix, keys), 8, 1, f"fp32 multiplies without tensor cores: {keys} x {keys} tiles")
         return AttentionPlan(block, None, block, block, block, False, block.why)
     keys, stages = (32, 1) if wide else (64, 2)
-    forward = TileConfig(64, min(tokens, keys), min(prefix, keys // 2 if wide else keys), 4, 2,
+    forward = TileConfig(64, min(tokens, keys), min(prefix, keys // 2 if wide else keys), 4, stages,
                          f"a warp keeps 16 whole rows, keys stream by {keys}")
     dq = TileConfig(64, min(tokens, keys // 2), min(prefix, keys // 2), 4, stages, f"a warp keeps 16 whole rows, keys stream by {keys // 2}")
-    dkdv = TileConfig(32, 64, prefix, 4, stages, "a warp keeps 16 keys, queries stream by 32")
-    gradient = TileConfig(32, 0, prefix, prefix // 16, stages, "a warp keeps 16 prefix keys, queries stream by 32")
+    queries = 16 if wide else 32
+    dkdv = TileConfig(queries, 64, prefix, 4, stages, f"a warp keeps 16 keys, queries stream by {queries}")
+    gradient = TileConfig(queries, 0, prefix, prefix // 16, stages, f"a warp keeps 16 prefix keys, queries stream by {queries}")
     if wide or max_seqlen > ONE_BLOCK_TOKENS or prompt_length > ONE_SWEEP_PREFIX:
         return AttentionPlan(forward, None, dq, dkdv, gradient, False,
                              f"{max_seqlen} + {prompt_length} keys of {head_dim}: dQ and dK, dV in kernels of their own")
