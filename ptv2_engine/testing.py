@@ -111,3 +111,38 @@ def tiny_model(family: str = "bert", head: str | None = None, seed: int = 0, **o
             elif "LayerNorm" in name:
                 parameter.uniform_(0.5, 1.5)
     return model
+
+
+def prefix_cache(rows_PW: Tensor, config: Any, batch_size: int) -> Any:
+    """past_key_values for a transformers encoder from prompt rows [P, 2LH] in the published layout, as PEFT makes them.
+
+    Differentiable in rows_PW. config: the transformers config (layers, heads).
+    """
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    P, heads = rows_PW.shape[0], config.num_attention_heads
+    shaped = rows_PW.view(P, config.num_hidden_layers, 2, heads, -1).permute(1, 2, 3, 0, 4)      # [L, 2, N, P, D]
+    cache = DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(x[None].expand(batch_size, -1, -1, -1) for x in shaped[layer]), layer)
+    return EncoderDecoderCache(cache, DynamicCache())
+
+
+def padded_batch(lengths: list[int], vocab_size: int = 120, pad_id: int = 0, types: bool = False,
+                 seed: int = 0) -> dict[str, Tensor]:
+    """Random right-padded input_ids and attention_mask [B, S] (and token_type_ids), without the special low ids."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths))
+    mask = (torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(5, vocab_size, shape, generator=generator) * mask + pad_id * (1 - mask)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if types:
+        batch["token_type_ids"] = torch.randint(0, 2, shape, generator=generator) * mask
+    return batch
+
+
+def with_prefix(model: Any, rows_PW: Tensor, batch: dict[str, Tensor], **arguments: Any) -> Any:
+    """Run a transformers encoder (bare or the base of a head) with a prefix, as PEFT drives it."""
+    B, P = batch["input_ids"].shape[0], rows_PW.shape[0]
+    mask = torch.cat((batch["attention_mask"].new_ones(B, P), batch["attention_mask"]), 1)
+    return model(**batch | {"attention_mask": mask}, past_key_values=prefix_cache(rows_PW, model.config, B), **arguments)

@@ -61,5 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _two_threads_and_a_seed() -> None:
+def _seeded_on_one_thread() -> None:
+    """Tests run tiny models, where a second thread costs more than it brings; tests about threads set their own number."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
