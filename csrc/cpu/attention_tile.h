@@ -82,6 +82,26 @@ inline void row_keep(float* keep, int64_t prefix, int64_t tokens, uint32_t row, 
   keep_row(keep + prefix, tokens, row, c2, philox::TOKEN_PROB, drop);
 }
 
+// Where the rows that a task reads next lie, so that they travel while this sequence is computed. A row of one head is a few
+// cache lines in a page of its own: the hardware does not see it coming.
+struct Upcoming {
+  int64_t start = 0, rows = 0, offset = 0;  // first token, tokens, n * D
+
+  // After sequence at_b of the chunk for head n comes the chunk's next one, then its first for the next head.
+  Upcoming(const PrefixAttentionParams& p, const Chunk& chunk, int64_t at_b, int64_t n) {
+    const bool last = at_b + 1 == chunk.last;
+    if (last && n + 1 == p.N) return;
+    const int64_t b = p.order_B[last ? chunk.first : at_b + 1];
+    start = p.cu_seqlens[b], rows = p.cu_seqlens[b + 1] - start, offset = (last ? n + 1 : n) * p.D;
+  }
+  // Row i, if there is one, of a matrix with this row stride.
+  template <class T> PTV2_INLINE void fetch(const void* base, int64_t row_stride, int64_t i, int64_t D) const {
+    if (i >= rows) return;
+    const char* row = reinterpret_cast<const char*>(static_cast<const T*>(base) + (start + i) * row_stride + offset);
+    for (int64_t byte = 0; byte < D * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(row + byte);
+  }
+};
+
 // Columns past the row's end, up to whole vectors.
 PTV2_INLINE void fill_tail(float* row, int64_t columns, float value) {
   for (int64_t j = columns; j < round_up(columns, W); ++j) row[j] = value;

@@ -58,12 +58,16 @@ template <class T> void run(const PrefixAttentionParams& p) {
       if (p.prefix_dropout.on) load_prefix(p.prefix_dropout, c2);
       copy_transposed(kt + prefix, ld, at<T>(p.k, start * p.k_row + n * D), p.k_row, S, D, head);
       copy_rows(v + prefix * head, at<T>(p.v, start * p.v_row + n * D), p.v_row, S, D, head, 1.0f);
+      const Upcoming next(p, chunk, at_b, n);
       for (int64_t i0 = 0; i0 < S; i0 += tile.block) {
         const int64_t M = std::min(tile.block, S - i0);
         copy_rows(q, at<T>(p.q, (start + i0) * p.q_row + n * D), p.q_row, M, D, head, p.scale);
         gemm<false>(M, J, D, q, head, 1, kt, ld, s, ld);
         for (int64_t i = 0; i < M; ++i) {
           float* row = s + i * ld;
+          next.fetch<T>(p.k, p.k_row, i0 + i, D);
+          next.fetch<T>(p.v, p.v_row, i0 + i, D);
+          if (i0 == 0) next.fetch<T>(p.q, p.q_row, i, D);
           const RowSum r = exp_row(row, J);
           inverse[i] = 1.0f / r.sum;
           p.lse_NT[n * p.T + start + i0 + i] = r.max + __builtin_logf(r.sum);

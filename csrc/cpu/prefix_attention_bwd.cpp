@@ -99,6 +99,7 @@ template <class T> void run_task(const PrefixAttentionBwdParams& bwd, const Tile
       std::fill_n(f.dv + prefix * head, S * head, 0.0f);
     }
     const int64_t from = want_prefix ? 0 : prefix, keys = (tokens ? J : prefix) - from;  // rows of dK, dV that are wanted
+    const Upcoming next(p, chunk, at_b, n);
     for (int64_t i0 = 0; i0 < S; i0 += tile.block) {
       const int64_t M = std::min(tile.block, S - i0), t = start + i0;
       copy_rows(f.q, at<T>(p.q, t * p.q_row + n * D), p.q_row, M, D, head, p.scale);
@@ -106,6 +107,10 @@ template <class T> void run_task(const PrefixAttentionBwdParams& bwd, const Tile
       gemm<false>(M, J, D, f.q, head, 1, f.kt, ld, f.s, ld);
       gemm<false>(M, J, D, f.dout, head, 1, f.vt, ld, f.dp, ld);
       for (int64_t i = 0; i < M; ++i) {
+        next.fetch<T>(p.k, p.k_row, i0 + i, D);
+        next.fetch<T>(p.v, p.v_row, i0 + i, D);
+        next.fetch<T>(p.q, p.q_row, i0 + i, D);
+        next.fetch<T>(bwd.dout_TND, ND, i0 + i, D);
         if (p.dropout.on) row_keep(f.keep, prefix, S, static_cast<uint32_t>(i0 + i), c2, p.dropout);
         row_bwd(f.s + i * ld, f.dp + i * ld, p.dropout.on ? f.keep : nullptr, J, p.lse_NT[n * p.T + t + i]);
       }

@@ -49,6 +49,29 @@ template <class To, class From> PTV2_INLINE To bits_as(From v) {
 PTV2_INLINE f32v broadcast(float x) { return x - f32v{}; }
 PTV2_INLINE u32v broadcast(uint32_t x) { return x + u32v{}; }
 
+// Integers to fewer and more bits. GCC takes lanes apart for the narrowing that AVX-512 does in one instruction.
+PTV2_INLINE u16v narrow16(u32v v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<u16v>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
+#else
+  return __builtin_convertvector(v, u16v);
+#endif
+}
+PTV2_INLINE u8v narrow8(u32v v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<u8v>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+#else
+  return __builtin_convertvector(v, u8v);
+#endif
+}
+PTV2_INLINE u32v widen8(u8v v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<u32v>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(v)));
+#else
+  return __builtin_convertvector(v, u32v);
+#endif
+}
+
 PTV2_INLINE f32v load(const float* p) { return load_as<f32v>(p); }
 PTV2_INLINE f32v load(const bf16* p) {
   return bits_as<f32v>(__builtin_convertvector(load_as<u16v>(p), u32v) << 16);
@@ -57,7 +80,7 @@ PTV2_INLINE void store(float* p, f32v v) { std::memcpy(p, &v, sizeof(v)); }
 PTV2_INLINE void store(bf16* p, f32v v) {  // round to nearest even; NaN stays NaN
   const u32v u = bits_as<u32v>(v);
   const u32v rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-  const u16v narrow = __builtin_convertvector(v != v ? broadcast(uint32_t{0x7FC0}) : rounded, u16v);
+  const u16v narrow = narrow16(v != v ? broadcast(uint32_t{0x7FC0}) : rounded);
   std::memcpy(p, &narrow, sizeof(narrow));
 }
 
@@ -71,24 +94,6 @@ template <class T> PTV2_INLINE void store(T* p, f32v v, int n) {
   T lanes[W];
   store(lanes, v);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
-}
-
-PTV2_INLINE f32v max(f32v a, f32v b) { return a < b ? b : a; }  // a NaN in `a` stays
-
-// Lane sums and maxima in a fixed order.
-PTV2_INLINE float sum(f32v v) {
-  float lanes[W];
-  store(lanes, v);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-PTV2_INLINE float max(f32v v) {
-  float lanes[W];
-  store(lanes, v);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] < lanes[i + half] ? lanes[i + half] : lanes[i];
-  return lanes[0];
 }
 
 // Lanes picked from (a, b) by constant indices 0 .. 2W-1.
@@ -106,39 +111,61 @@ template <class Index, class V> PTV2_INLINE V shuffle_by(V a, V b) {
   return shuffle_by<Index>(a, b, std::make_integer_sequence<int, W>{});
 }
 
-// exp to 2 units in the last place (Cephes expf's polynomial). Below -87.33 the result is 1.2e-38, not zero.
+PTV2_INLINE f32v max(f32v a, f32v b) { return a < b ? b : a; }  // a NaN in `a` stays
+PTV2_INLINE f32v min(f32v a, f32v b) { return a > b ? b : a; }
+
+// Sum and maximum of the lanes: halves are folded onto each other, in an order that depends on W alone.
+template <int H> struct SwapHalves {
+  static constexpr int at(int e) { return e ^ H; }
+};
+template <int H = W / 2> PTV2_INLINE float sum(f32v v) {
+  v += shuffle_by<SwapHalves<H>>(v, v);
+  if constexpr (H > 1)
+    return sum<H / 2>(v);
+  else
+    return v[0];
+}
+template <int H = W / 2> PTV2_INLINE float max(f32v v) {
+  v = max(v, shuffle_by<SwapHalves<H>>(v, v));
+  if constexpr (H > 1)
+    return max<H / 2>(v);
+  else
+    return v[0];
+}
+
+// exp to 2 units in the last place (Cephes expf's polynomial). The smallest result is 1.2e-38, or 2^-149 with AVX-512.
 PTV2_INLINE f32v exp(f32v x) {
-  x = x < -87.33f ? broadcast(-87.33f) : x;  // written so that NaN passes through
-  x = x > 88.37f ? broadcast(88.37f) : x;
+#if defined(__AVX512F__)
+  x = min(max(x, broadcast(-104.0f)), broadcast(89.0f));  // NaN passes through
+  const f32v n = _mm512_roundscale_ps(x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = min(max(x, broadcast(-87.33f)), broadcast(88.37f));
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   const f32v t = x * 1.44269504088896341f + magic;
   const f32v n = t - magic;
+#endif
   const f32v r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   f32v p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = p * (r * r) + (r + 1.0f);
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);  // p * 2^n
+#else
   return p * bits_as<f32v>((bits_as<i32v>(t) - 0x4B400000 + 127) << 23);
+#endif
 }
 
-// erf as an odd rational function on [-4, 4], a few units in the last place (the form Eigen and XLA use).
-PTV2_INLINE f32v erf(f32v x) {
-  x = x < -4.0f ? broadcast(-4.0f) : x;
-  x = x > 4.0f ? broadcast(4.0f) : x;
-  const f32v s = x * x;
-  f32v p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
-  p = p * s - 2.10102402082508e-06f;
-  p = p * s - 5.69250639462346e-05f;
-  p = p * s - 7.34990630326855e-04f;
-  p = p * s - 2.95459980854025e-03f;
-  p = p * s - 1.60960333262415e-02f;
-  f32v q = s * -1.45660718464996e-05f - 2.13374055278905e-04f;
-  q = q * s - 1.68282697438203e-03f;
-  q = q * s - 7.37332916720468e-03f;
-  q = q * s - 1.42647390514189e-02f;
-  return x * p / q;
+// 1 / x to one unit in the last place.
+PTV2_INLINE f32v reciprocal(f32v x) {
+#if defined(__AVX512F__)
+  const f32v r = _mm512_rcp14_ps(x);  // 14 bits; a Newton step doubles them
+  return r + r * (1.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
 }
 
 // Butterfly transposition of W rows of W floats, log2(W) stages of two-input shuffles.
