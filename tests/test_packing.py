@@ -1,0 +1,123 @@
+"""Padded <-> packed, the collator, and batches of equal token counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptv2_engine.errors import DataError, InputError
+from ptv2_engine.packing import IGNORE, PackedCollator, TokenBalancedBatchSampler, from_packed, pack, unpack
+
+masks = st.integers(1, 5).flatmap(lambda B: st.integers(1, 9).flatmap(
+    lambda S: st.lists(st.lists(st.sampled_from([0, 1]), min_size=S, max_size=S), min_size=B, max_size=B)))
+
+
+@given(masks)
+def test_pack_then_unpack_gives_the_tokens_back(mask):
+    mask = torch.tensor(mask)
+    ids = torch.arange(1, mask.numel() + 1).view(mask.shape)
+    batch = pack(ids, mask)
+    assert batch.num_tokens == int(mask.sum()) and batch.max_seqlen == int(mask.sum(1).max())
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.lengths().tolist() == mask.sum(1).tolist()
+    assert torch.equal(unpack(batch.input_ids_T[:, None].double(), batch)[..., 0], (ids * mask).double())
+    assert torch.equal(batch.position_ids_T, torch.arange(mask.shape[1]).expand_as(mask)[mask.bool()])
+
+
+@given(masks)
+def test_positions_that_count_tokens_follow_transformers_roberta(mask):
+    from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
+
+    mask = torch.tensor(mask)
+    ids = torch.where(mask.bool(), 7, 1)
+    expected = RobertaEmbeddings.create_position_ids_from_input_ids(ids, 1)
+    batch = pack(ids, mask, uncounted_id=1)
+    assert torch.equal(batch.position_ids_T + 2, expected[mask.bool()])
+
+
+def test_a_token_that_carries_the_pad_id_is_marked():
+    batch = pack(torch.tensor([[5, 1, 6]]), torch.ones(1, 3), uncounted_id=1)
+    assert batch.position_ids_T.tolist() == [0, -1, 1]
+    assert from_packed(torch.tensor([5, 1, 6, 9]), torch.tensor([3, 1]), uncounted_id=1).position_ids_T.tolist() == [0, -1, 1, 0]
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=6))
+def test_packed_input_equals_packing_the_padded_one(lengths):
+    T, S = sum(lengths), max(lengths)
+    ids = torch.arange(1, T + 1)
+    one = from_packed(ids, torch.tensor(lengths))
+    mask = torch.arange(max(S, 1))[None] < torch.tensor(lengths)[:, None]
+    padded = torch.zeros(len(lengths), max(S, 1), dtype=torch.long)
+    padded[mask] = ids
+    two = pack(padded, mask)
+    for name in ("input_ids_T", "position_ids_T", "cu_seqlens"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+    assert torch.equal(one.sequence_of_token(), two.sequence_of_token())
+
+
+def test_unpack_passes_gradients():
+    batch = pack(torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    x = torch.randn(3, 4, requires_grad=True, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: unpack(x, batch), (x,))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ((torch.rand(2, 3),), r"input_ids is \(2, 3\) float32, but integer ids of shape \[batch, sequence\]"),
+    ((torch.ones(3, dtype=torch.long),), r"input_ids is \(3,\) int64"),
+    ((torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4)), r"attention_mask is \(2, 4\), but input_ids is \(2, 3\)"),
+    ((torch.ones(2, 3, dtype=torch.long), None, torch.ones(2, 2, dtype=torch.long)), "token_type_ids"),
+])
+def test_bad_inputs(arguments, words):
+    with pytest.raises(InputError, match=words):
+        pack(*arguments)
+
+
+def test_lengths_that_do_not_add_up():
+    with pytest.raises(InputError, match="seq_lengths add up to 4, but there are 5 packed tokens"):
+        from_packed(torch.ones(5, dtype=torch.long), torch.tensor([1, 3]))
+    with pytest.raises(InputError, match="one id for each of 2 sequences"):
+        from_packed(torch.ones(4, dtype=torch.long), torch.tensor([1, 3]), prompt_ids=torch.tensor([0]))
+
+
+FEATURES = [{"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1], "labels": [1, 2, IGNORE]},
+            {"input_ids": [8], "token_type_ids": [0], "labels": [0]}]
+
+
+def test_collator_packs_and_pads_token_labels():
+    batch = PackedCollator()(FEATURES)
+    assert list(batch)[0] == "seq_lengths" and batch["seq_lengths"].tolist() == [3, 1]
+    assert batch["input_ids"].tolist() == [5, 6, 7, 8] and batch["token_type_ids"].tolist() == [0, 0, 1, 0]
+    assert batch["labels"].tolist() == [[1, 2, IGNORE], [0, IGNORE, IGNORE]] and batch["max_seqlen"] == 3
+
+
+def test_collator_checks_what_a_gpu_step_will_not():
+    with pytest.raises(InputError, match="token id 8 is outside the vocabulary of 8"):
+        PackedCollator(vocab_size=8)(FEATURES)
+    with pytest.raises(InputError, match="an example has 3 tokens, but the model takes 2"):
+        PackedCollator(max_length=2)(FEATURES)
+
+
+@given(st.lists(st.integers(1, 60), max_size=120), st.integers(1, 9), st.booleans())
+def test_sampler_visits_each_example_once_in_full_batches(lengths, batch_size, drop_last):
+    sampler = TokenBalancedBatchSampler(lengths, batch_size, drop_last=drop_last, mega=3)
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    seen = [i for b in batches for i in b]
+    assert len(set(seen)) == len(seen) and len(seen) >= len(lengths) - (batch_size - 1 if drop_last else 0)
+    assert all(len(b) == batch_size for b in batches[:-1])
+
+
+def test_sampler_evens_out_tokens_and_follows_the_epoch():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 200, (512,), generator=generator).tolist()
+    sampler = TokenBalancedBatchSampler(lengths, 16, seed=1)
+    first = list(sampler)
+    totals = [sum(lengths[i] for i in b) for b in first]
+    plain = [sum(lengths[i:i + 16]) for i in range(0, 512, 16)]
+    assert max(totals) - min(totals) < 0.2 * (max(plain) - min(plain))
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    with pytest.raises(DataError, match="batch size 0"):
+        TokenBalancedBatchSampler(lengths, 0)
