@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from ptv2_engine.kernels.philox import HIDDEN, keep_tile, threshold_arg
 from ptv2_engine.kernels.tuning import choose_rows
+from torch import Tensor
 
 
 @triton.jit

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from ptv2_engine.kernels.philox import PREFIX_K, PREFIX_PROB, PREFIX_V, TOKEN_PROB, keep_tile
+from ptv2_engine.kernels.philox import keep_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -77,7 +76,8 @@ def load_prefix(base, first_key, row_stride, num_keys, c2, seed, threshold, site
 
 
 @triton.jit
-def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold, site,
+def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
+           site,
            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
     """One online-softmax step over a key block of which num_keys exist; v counts value_scale times (1 / (1 - p) of a dropped
     prefix). The 1 / (1 - p) of the probabilities' dropout is left to the end."""
@@ -95,7 +95,8 @@ def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, value_scale, first_
 
 
 @triton.jit
-def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold, keep_scale, site,
+def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
+                  keep_scale, site,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
     """(probs, dropped probs, d probs) [BLOCK_M, BLOCK_N] of a key block, recomputed from the log-sum-exp in base 2.
 
@@ -114,7 +115,8 @@ def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query,
 
 
 @triton.jit
-def key_probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold, keep_scale, site,
+def key_probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
+                      keep_scale, site,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
     """probabilities() with keys as rows, [BLOCK_N, BLOCK_M], for kernels that hold a key block over a loop of query tiles.
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from ptv2_engine.kernels.add_norm import normalise, row_tile
 from ptv2_engine.kernels.philox import HIDDEN, keep_tile, threshold_arg
 from ptv2_engine.kernels.tuning import choose_rows
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["T", "threshold", "site"])

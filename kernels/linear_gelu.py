@@ -71,7 +71,7 @@ def gelu_bwd_kernel(dh_TF, derivative_TF, dz_TF, numel, CODED: tl.constexpr, BLO
 
 
 def gelu_(z_TF: Tensor, approximate: str, save: bool) -> Tensor:
-    """GELU of contiguous z [T, F] in place; the derivative (uint8 codes for 16-bit z, fp32 for fp32), empty uint8 [0] if not save."""
+    """GELU of contiguous z [T, F] in place; its derivative as uint8 codes (fp32 for fp32 z), empty uint8 [0] unless save."""
     coded = z_TF.dtype != torch.float32
     derivative_TF = z_TF.new_empty(z_TF.shape if save else 0, dtype=torch.uint8 if coded or not save else torch.float32)
     if z_TF.numel() > 0:
@@ -85,5 +85,6 @@ def gelu_bwd(dh_TF: Tensor, derivative_TF: Tensor) -> Tensor:
     dz_TF = torch.empty_like(dh_TF)
     if dh_TF.numel() > 0:
         gelu_bwd_kernel[(triton.cdiv(dh_TF.numel(), BLOCK),)](dh_TF, derivative_TF, dz_TF, dh_TF.numel(),
-                                                              CODED=derivative_TF.dtype == torch.uint8, BLOCK=BLOCK, num_warps=WARPS)
+                                                              CODED=derivative_TF.dtype == torch.uint8, BLOCK=BLOCK,
+                                                              num_warps=WARPS)
     return dz_TF

@@ -16,13 +16,23 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from ptv2_engine.kernels import prefix_attention_long, prefix_grad
-from ptv2_engine.kernels.attention_tile import (LN2, LOG2E, attend, key_probabilities, load_prefix, load_stat, load_tile, prefix_keep,
-                                                prompt_of, store_tile, zero_rows)
+from ptv2_engine.kernels.attention_tile import (
+    LN2,
+    LOG2E,
+    attend,
+    key_probabilities,
+    load_prefix,
+    load_stat,
+    load_tile,
+    prefix_keep,
+    prompt_of,
+    store_tile,
+    zero_rows,
+)
 from ptv2_engine.kernels.philox import PREFIX_K, PREFIX_PROB, PREFIX_V, TOKEN_PROB, threshold_arg
 from ptv2_engine.kernels.tuning import choose, power_of_two
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["T", "B", "P", "threshold", "prefix_threshold", "site"])
@@ -60,7 +70,8 @@ def forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, cu_
                             PREFIX_DROPOUT, BLOCK_P, D, BLOCK_D)
             v = load_prefix(pv_base, j, pv_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_V,
                             PREFIX_DROPOUT, BLOCK_P, D, BLOCK_D)
-            acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, num_prefix - j, scale2 * prefix_scale, prefix_scale, first, j, c2, PREFIX_PROB, seed,
+            acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, num_prefix - j, scale2 * prefix_scale, prefix_scale,
+                                           first, j, c2, PREFIX_PROB, seed,
                                            threshold, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
     for j in range(0, length, BLOCK_N):
         k = load_tile(k_TND + n * D, start + j, k_row, length - j, BLOCK_N, D, BLOCK_D)
@@ -76,7 +87,8 @@ def forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, cu_
 
 
 @triton.jit(do_not_specialize=["T", "B", "P", "threshold", "prefix_threshold", "site"])
-def sweep_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, lse_NT, dqkv_T3ND, delta_NT, partial_2BPND, cu_seqlens, prompt_ids,
+def sweep_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, lse_NT, dqkv_T3ND, delta_NT, partial_2BPND, cu_seqlens,
+                 prompt_ids,
                  prompt_lengths, seed, q_row, k_row, v_row, pk_prompt, pk_row, pv_prompt, pv_row, T, B, P, N, scale, threshold,
                  keep_scale, prefix_threshold, prefix_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
@@ -111,11 +123,13 @@ def sweep_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, lse_NT, dqkv
         q = load_tile(q_TND + n * D, start + first, q_row, length - first, BLOCK_M, D, BLOCK_D)
         do = load_tile(dout_TND + n * D, start + first, N * D, length - first, BLOCK_M, D, BLOCK_D)
         lse2 = load_stat(lse_NT, stat_row + first, length - first, float("inf"), BLOCK_M) * LOG2E
-        probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, length, scale2, 1.0, first, 0, c2, TOKEN_PROB, seed, threshold,
+        probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, length, scale2, 1.0, first, 0, c2, TOKEN_PROB, seed,
+                                                   threshold,
                                                keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
         delta = tl.sum(probs * dprobs, 0)
         if BLOCK_P > 0:
-            p_probs, p_dropped, p_dprobs = key_probabilities(q, do, pk, pv, lse2, num_prefix, scale2 * prefix_scale, prefix_scale, first, 0, c2, PREFIX_PROB, seed,
+            p_probs, p_dropped, p_dprobs = key_probabilities(q, do, pk, pv, lse2, num_prefix, scale2 * prefix_scale, prefix_scale,
+                                                             first, 0, c2, PREFIX_PROB, seed,
                                                          threshold, keep_scale, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
             delta += tl.sum(p_probs * p_dprobs, 0)
             p_ds = (p_probs * (p_dprobs - delta[None, :]) * prefix_scale).to(q.dtype)
@@ -159,7 +173,8 @@ def plain_arguments(q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tens
            "T": T, "B": cu_seqlens.shape[0] - 1, "P": P, "N": N, "scale": scale, "threshold": threshold_arg(dropout_p),
            "keep_scale": 1.0 / (1.0 - dropout_p), "prefix_threshold": threshold_arg(prefix_dropout_p),
            "prefix_scale": 1.0 / (1.0 - prefix_dropout_p), "site": site}
-    compile_time = {"D": D, "BLOCK_D": power_of_two(D), "DROPOUT": dropout_p > 0, "PREFIX_DROPOUT": P > 0 and prefix_dropout_p > 0,
+    compile_time = {"D": D, "BLOCK_D": power_of_two(D), "DROPOUT": dropout_p > 0,
+                    "PREFIX_DROPOUT": P > 0 and prefix_dropout_p > 0,
                     "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
     return run, compile_time
 
@@ -184,11 +199,12 @@ def prefix_attention_fwd(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prefix_k_K
 
 
 def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prefix_k_KPND: Tensor | None,
-                         prefix_v_KPND: Tensor | None, out_TND: Tensor | None, lse_NT: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+                         prefix_v_KPND: Tensor | None, out_TND: Tensor | None, lse_NT: Tensor, cu_seqlens: Tensor,
+                         max_seqlen: int,
                          prompt_ids: Tensor | None, prompt_lengths: Tensor | None, scale: float, dropout_p: float,
                          prefix_dropout_p: float, seed: Tensor | None, site: int, need_tokens: bool,
                          need_prefix: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dqkv [T, 3, N, D] (empty [0] unless need_tokens), dprefix_k and dprefix_v fp32 [K, P, N, D] (empty [0] unless need_prefix)."""
+    """dqkv [T, 3, N, D] (empty [0] unless need_tokens); dprefix_k, dprefix_v fp32 [K, P, N, D] (empty [0] unless need_prefix)."""
     T, N, D = q_TND.shape
     dqkv = q_TND.new_empty((T, 3, N, D) if need_tokens else 0)
     need_prefix = need_prefix and prefix_k_KPND is not None
@@ -201,7 +217,7 @@ def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: 
         return dqkv.zero_(), dprefix[0].zero_(), dprefix[1].zero_()
     if not need_tokens and not need_prefix:
         return dqkv, *dprefix
-    plan = choose(max_seqlen, P, D, q_TND.element_size(), B, T)
+    plan = choose(max_seqlen, P, D, q_TND.element_size(), B, T, fixed["DROPOUT"] or fixed["PREFIX_DROPOUT"])
     inputs = (dout_TND, q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND)
     if plan.sweep is None or out_TND is not None:
         delta_NT = prefix_attention_long.tokens_bwd(inputs, out_TND, lse_NT, dqkv, max_seqlen, run, fixed, plan, need_tokens)
@@ -210,7 +226,8 @@ def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: 
         delta_NT = torch.empty_like(lse_NT) if need_prefix and not fuse else None
         partial = q_TND.new_empty((2, B, P, N, D), dtype=torch.float32) if fuse else None
         tiles = plan.sweep
-        sweep_kernel[(N, B + 1)](*inputs, lse_NT, dqkv, delta_NT, partial, **run, **fixed, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+        sweep_kernel[(N, B + 1)](*inputs, lse_NT, dqkv, delta_NT, partial, **run, **fixed, BLOCK_M=tiles.block_m,
+                                 BLOCK_N=tiles.block_n,
                                  BLOCK_P=tiles.block_p, NEED_TOKENS=need_tokens, FUSE_PREFIX=fuse,
                                  STORE_DELTA=delta_NT is not None, num_warps=tiles.warps, num_stages=tiles.stages)
         if fuse:

@@ -11,12 +11,20 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ptv2_engine.kernels.attention_tile import (LOG2E, key_probabilities, load_prefix, load_stat, load_tile, probabilities, prompt_of, store_tile,
-                                                zero_rows)
+from ptv2_engine.kernels.attention_tile import (
+    LOG2E,
+    key_probabilities,
+    load_prefix,
+    load_stat,
+    load_tile,
+    probabilities,
+    prompt_of,
+    store_tile,
+    zero_rows,
+)
 from ptv2_engine.kernels.philox import PREFIX_K, PREFIX_PROB, PREFIX_V, TOKEN_PROB
 from ptv2_engine.kernels.tuning import AttentionPlan
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["T", "B", "P", "threshold", "prefix_threshold", "site"])
@@ -57,13 +65,15 @@ def dq_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT
                                 PREFIX_DROPOUT, BLOCK_P, D, BLOCK_D)
                 v = load_prefix(pv_base, j, pv_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_V,
                                 PREFIX_DROPOUT, BLOCK_P, D, BLOCK_D)
-                probs, _, dprobs = probabilities(q, do, k, v, lse2, num_prefix - j, scale2 * prefix_scale, prefix_scale, first, j, c2, PREFIX_PROB, seed, threshold,
+                probs, _, dprobs = probabilities(q, do, k, v, lse2, num_prefix - j, scale2 * prefix_scale, prefix_scale, first, j,
+                                                 c2, PREFIX_PROB, seed, threshold,
                                                  keep_scale, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
                 delta += tl.sum(probs * dprobs, 1)
         for j in range(0, length, BLOCK_N):
             k = load_tile(k_TND + n * D, start + j, k_row, length - j, BLOCK_N, D, BLOCK_D)
             v = load_tile(v_TND + n * D, start + j, v_row, length - j, BLOCK_N, D, BLOCK_D)
-            probs, _, dprobs = probabilities(q, do, k, v, lse2, length - j, scale2, 1.0, first, j, c2, TOKEN_PROB, seed, threshold,
+            probs, _, dprobs = probabilities(q, do, k, v, lse2, length - j, scale2, 1.0, first, j, c2, TOKEN_PROB, seed,
+                                             threshold,
                                              keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
             delta += tl.sum(probs * dprobs, 1)
     rows = tl.arange(0, BLOCK_M)
@@ -76,14 +86,16 @@ def dq_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT
                                 PREFIX_DROPOUT, BLOCK_P, D, BLOCK_D)
                 v = load_prefix(pv_base, j, pv_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_V,
                                 PREFIX_DROPOUT, BLOCK_P, D, BLOCK_D)
-                probs, _, dprobs = probabilities(q, do, k, v, lse2, num_prefix - j, scale2 * prefix_scale, prefix_scale, first, j, c2, PREFIX_PROB, seed, threshold,
+                probs, _, dprobs = probabilities(q, do, k, v, lse2, num_prefix - j, scale2 * prefix_scale, prefix_scale, first, j,
+                                                 c2, PREFIX_PROB, seed, threshold,
                                                  keep_scale, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
                 ds = (probs * (dprobs - delta[:, None]) * prefix_scale).to(q.dtype)
                 dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         for j in range(0, length, BLOCK_N):
             k = load_tile(k_TND + n * D, start + j, k_row, length - j, BLOCK_N, D, BLOCK_D)
             v = load_tile(v_TND + n * D, start + j, v_row, length - j, BLOCK_N, D, BLOCK_D)
-            probs, _, dprobs = probabilities(q, do, k, v, lse2, length - j, scale2, 1.0, first, j, c2, TOKEN_PROB, seed, threshold,
+            probs, _, dprobs = probabilities(q, do, k, v, lse2, length - j, scale2, 1.0, first, j, c2, TOKEN_PROB, seed,
+                                             threshold,
                                              keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
             ds = (probs * (dprobs - delta[:, None])).to(q.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
@@ -116,7 +128,8 @@ def dkdv_kernel(dout_TND, q_TND, k_TND, v_TND, lse_NT, delta_NT, dqkv_T3ND, cu_s
         do = load_tile(dout_TND + n * D, start + i, N * D, length - i, BLOCK_M, D, BLOCK_D)
         lse2 = load_stat(lse_NT, stat_row + i, length - i, float("inf"), BLOCK_M) * LOG2E
         delta = load_stat(delta_NT, stat_row + i, length - i, 0.0, BLOCK_M)
-        probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, length - first, scale2, 1.0, i, first, b * N + n, TOKEN_PROB, seed,
+        probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, length - first, scale2, 1.0, i, first, b * N + n,
+                                                   TOKEN_PROB, seed,
                                                threshold, keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
         dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
         ds = (probs * (dprobs - delta[None, :])).to(q.dtype)

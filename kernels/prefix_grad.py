@@ -12,11 +12,18 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ptv2_engine.kernels.attention_tile import LOG2E, key_probabilities, load_prefix, load_stat, load_tile, prefix_keep, store_tile
+from ptv2_engine.kernels.attention_tile import (
+    LOG2E,
+    key_probabilities,
+    load_prefix,
+    load_stat,
+    load_tile,
+    prefix_keep,
+    store_tile,
+)
 from ptv2_engine.kernels.philox import PREFIX_K, PREFIX_PROB, PREFIX_V
 from ptv2_engine.kernels.tuning import TileConfig, choose_splits
+from torch import Tensor
 
 REDUCE_ROWS, REDUCE_COLUMNS = 16, 128
 
@@ -27,13 +34,15 @@ def copy_masked(target, source, first_row, row_stride, source_stride, num_rows, 
     """Rows first_key.. of source under this sequence's prefix mask, to rows first_row.. of target, 8 at a time as below."""
     tl.debug_barrier()
     for r in range(0, tl.minimum(num_rows, R), 8):        # a bound unknown to the compiler: unrolled, the masks would spill
-        x = load_prefix(source, first_key + r, source_stride, first_key + num_rows, c2, seed, threshold, site, stream, True, 8, D, BLOCK_D)
+        x = load_prefix(source, first_key + r, source_stride, first_key + num_rows, c2, seed, threshold, site, stream, True, 8, D,
+                        BLOCK_D)
         store_tile(target, first_row + r, row_stride, num_rows - r, x, 8, D, BLOCK_D)
     tl.debug_barrier()
 
 
 @triton.jit
-def add_masked(total, raw, first_row, row_stride, num_rows, first_key, c2, seed, threshold, factor, site, stream, x, R: tl.constexpr,
+def add_masked(total, raw, first_row, row_stride, num_rows, first_key, c2, seed, threshold, factor, site, stream, x,
+               R: tl.constexpr,
                D: tl.constexpr, BLOCK_D: tl.constexpr):
     """total += x * factor under this sequence's prefix mask, for rows of total and raw that only this program touches.
 
@@ -52,9 +61,11 @@ def add_masked(total, raw, first_row, row_stride, num_rows, first_key, c2, seed,
 
 
 @triton.jit(do_not_specialize=["T", "B", "P", "K", "groups", "query_groups", "threshold", "prefix_threshold", "site"])
-def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial_2CKPND, raw_2CKPND, masked_2CKPND, cu_seqlens, prompt_ids, prompt_lengths,
+def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial_2CKPND, raw_2CKPND, masked_2CKPND,
+                       cu_seqlens, prompt_ids, prompt_lengths,
                        seed, q_row, pk_prompt, pk_row, pv_prompt, pv_row, T, B, P, K, N, groups, query_groups, scale, threshold,
-                       keep_scale, prefix_threshold, prefix_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                       keep_scale, prefix_threshold, prefix_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                       BLOCK_M: tl.constexpr,
                        BLOCK_P: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
     split, n, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     prompt, first_key = block % K, block // K * BLOCK_P
@@ -99,7 +110,8 @@ def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, pa
             do = load_tile(dout_TND + n * D, start + i, N * D, length - i, BLOCK_M, D, BLOCK_D)
             lse2 = load_stat(lse_NT, stat_row + i, length - i, float("inf"), BLOCK_M) * LOG2E
             delta = load_stat(delta_NT, stat_row + i, length - i, 0.0, BLOCK_M)
-            probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, num_prefix - first_key, scale2 * prefix_scale, prefix_scale, i, first_key, c2, PREFIX_PROB, seed,
+            probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, num_prefix - first_key, scale2 * prefix_scale,
+                                                       prefix_scale, i, first_key, c2, PREFIX_PROB, seed,
                                                    threshold, keep_scale, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
             dpv = tl.dot(dropped.to(do.dtype), do, dpv, input_precision=PRECISION)
             ds = (probs * (dprobs - delta[None, :])).to(q.dtype)
@@ -117,7 +129,8 @@ def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, pa
 
 
 @triton.jit(do_not_specialize=["C", "K", "P"])
-def reduce_kernel(partial, dprefix_k_KPND, dprefix_v_KPND, prompt_ids, prompt_lengths, C, K, P, row_size, BY_SEQUENCE: tl.constexpr,
+def reduce_kernel(partial, dprefix_k_KPND, dprefix_v_KPND, prompt_ids, prompt_lengths, C, K, P, row_size,
+                  BY_SEQUENCE: tl.constexpr,
                   ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """dprefix[k, e] = sum over c of partial[c, k, e], or of partial[c, e] of the sequences c with prompt k."""
     prompt, which = tl.program_id(1), tl.program_id(2)
@@ -154,7 +167,8 @@ def reduce(partial: Tensor, dprefix: tuple[Tensor, Tensor], prompt_ids: Tensor |
         COLUMNS=REDUCE_COLUMNS, num_warps=4)
 
 
-def prefix_bwd(inputs: tuple, lse_NT: Tensor, delta_NT: Tensor, dprefix: tuple[Tensor, Tensor], max_seqlen: int, run: dict, fixed: dict,
+def prefix_bwd(inputs: tuple, lse_NT: Tensor, delta_NT: Tensor, dprefix: tuple[Tensor, Tensor], max_seqlen: int, run: dict,
+               fixed: dict,
                tiles: TileConfig) -> None:
     """Fill dprefix = (dPk, dPv) [K, P, N, D]. inputs: dout, q, k, v, prefix_k, prefix_v; run, fixed: plain_arguments' two."""
     dout_TND, q_TND, _, _, prefix_k, prefix_v = inputs
@@ -168,7 +182,8 @@ def prefix_bwd(inputs: tuple, lse_NT: Tensor, delta_NT: Tensor, dprefix: tuple[T
     # With no ids every sequence uses prompt 0: the other prompts' programs must not count them.
     prompt_ids = run["prompt_ids"] if run["prompt_ids"] is not None or K == 1 else run["cu_seqlens"].new_zeros(run["B"])
     prefix_grad_kernel[(groups * query_groups, N, blocks)](
-        dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial, raw, masked, **arguments | {"prompt_ids": prompt_ids}, K=K, groups=groups,
+        dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial, raw, masked, **arguments | {"prompt_ids": prompt_ids},
+        K=K, groups=groups,
         query_groups=query_groups, **fixed, BLOCK_M=tiles.block_m, BLOCK_P=tiles.block_p, num_warps=tiles.warps,
         num_stages=tiles.stages)
     reduce(partial, dprefix, prompt_ids, run["prompt_lengths"], by_sequence=False)

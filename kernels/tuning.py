@@ -61,12 +61,13 @@ def choose_rows(width: int) -> RowConfig:
     return RowConfig(rows, block, warps, f"{rows} x {block} elements, {rows * block // (32 * warps)} a thread")
 
 
-def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, num_sequences: int = 1,
-           num_tokens: int = 0) -> AttentionPlan:
+def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, num_sequences: int = 1, num_tokens: int = 0,
+           dropout: bool = False) -> AttentionPlan:
     """Tiles for rows of up to max_seqlen tokens plus prompt_length prefix keys, head_dim columns of itemsize bytes.
 
     num_sequences and num_tokens decide where the prefix gradient is made: inside the sweep, which writes one partial a
-    sequence, or by a kernel of its own, which reads q and dO once more but writes only a few partials.
+    sequence, or by a kernel of its own, which reads q and dO once more but writes only a few partials. dropout: of any
+    kind; its masks need the registers that fetching queries ahead would take.
     """
     wide = head_dim > 64
     tokens = power_of_two(max_seqlen)
@@ -78,18 +79,21 @@ def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, nu
     keys, stages = (32, 1) if wide else (64, 2)
     forward = TileConfig(64, min(tokens, keys), min(prefix, keys // 2 if wide else keys), 4, stages,
                          f"a warp keeps 16 whole rows, keys stream by {keys}")
-    dq = TileConfig(64, min(tokens, keys // 2), min(prefix, keys // 2), 4, stages, f"a warp keeps 16 whole rows, keys stream by {keys // 2}")
+    dq = TileConfig(64, min(tokens, keys // 2), min(prefix, keys // 2), 4, stages,
+                    f"a warp keeps 16 whole rows, keys stream by {keys // 2}")
     queries = 16 if wide else 32
     dkdv = TileConfig(queries, 64, prefix, 4, stages, f"a warp keeps 16 keys, queries stream by {queries}")
-    gradient = TileConfig(queries, 0, prefix, prefix // 16, stages, f"a warp keeps 16 prefix keys, queries stream by {queries}")
+    gradient = TileConfig(queries, 0, prefix, prefix // 16, 1 if dropout or prefix == 16 else stages,
+                          f"a warp keeps 16 prefix keys, queries stream by {queries}")
     if wide or max_seqlen > ONE_BLOCK_TOKENS or prompt_length > ONE_SWEEP_PREFIX:
         return AttentionPlan(forward, None, dq, dkdv, gradient, False,
                              f"{max_seqlen} + {prompt_length} keys of {head_dim}: dQ and dK, dV in kernels of their own")
     fuse = tokens <= 64 and 2 * num_sequences * prompt_length <= num_tokens
-    sweep = TileConfig(32, tokens, prefix, max(4, tokens // 16), 1, "all keys on chip: a warp keeps 16 keys, queries stream by 32")
+    sweep = TileConfig(32, tokens, prefix, max(4, tokens // 16), 1,
+                       "all keys on chip: a warp keeps 16 keys, queries stream by 32")
+    where = "inside, one partial a sequence" if fuse else "apart: no registers, or partials outweigh reading q, dO again"
     return AttentionPlan(forward, sweep, dq, dkdv, gradient, fuse,
-                         f"{max_seqlen} + {prompt_length} keys of {head_dim} fit one block: one sweep over the queries, prefix gradient "
-                         f"{'inside, one partial a sequence' if fuse else 'apart: no registers, or partials outweigh reading q, dO again'}")
+                         f"{max_seqlen} + {prompt_length} keys of {head_dim} fit one block: one sweep, prefix gradient {where}")
 
 
 def choose_splits(num_sequences: int, query_tiles: int, programs: int) -> tuple[int, int]:

@@ -68,7 +68,8 @@ def check_add_norm(T: int, H: int, dtype: torch.dtype = torch.float32, p: float 
         assert_error_within(f"add_norm {name}", actual, truth, low, TIMES)
     keep = _philox.keep_scale(torch.arange(T, device=x.device), H, 0, p=p, seed=seed, site=site, stream=_philox.HIDDEN)
     total = x.double() * (keep if p > 0 else 1.0) + residual.double()
-    variance, mean = torch.var_mean(total, 1, correction=0)
+    mean = total.mean(1)
+    variance = (total - mean[:, None]).square().mean(1)
     assert_error_within("rstd", rstd, (variance + eps).rsqrt(), None, 8.0)
     assert_error_within("xhat", xhat, (total - mean[:, None]) * (variance + eps).rsqrt()[:, None], None, 8.0)
     if p > 0:
@@ -131,7 +132,8 @@ def check_gelu(T: int, F: int, dtype: torch.dtype = torch.float32, approximate: 
         step = 1.26 / 255
         decoded = derivative.double() * step - 0.13
         error = (decoded - slope).abs()
-        assert float(error.max() if error.numel() else 0) <= step * 0.501, f"gelu code is off by {float(error.max() / step)} steps"
+        assert float(error.max() if error.numel() else 0) <= step * 0.501, \
+            f"gelu code is off by {float(error.max() / step)} steps"
         assert_error_within("dz", dz, decoded * dh.double(), None, TIMES)
 
 
@@ -165,7 +167,8 @@ def attention_inputs(case: Attention) -> dict[str, Any]:
     as_ids = [None if ids is None else torch.tensor(ids, dtype=torch.int32, device=DEVICE)
               for ids in (case.prompt_ids, case.prompt_lengths)]
     return {"qkv": qkv, "dout": dout, "prefix": (pk, pv), "cu_seqlens": cu_seqlens_of(list(case.lengths), DEVICE),
-            "max_seqlen": max(case.lengths, default=0), "prompt_ids": as_ids[0], "prompt_lengths": as_ids[1], "seed": seed_tensor()}
+            "max_seqlen": max(case.lengths, default=0), "prompt_ids": as_ids[0], "prompt_lengths": as_ids[1],
+            "seed": seed_tensor()}
 
 
 def attention_reference(case: Attention, given: dict[str, Any], precision: torch.dtype) -> list[Tensor]:
@@ -187,13 +190,13 @@ def attention_reference(case: Attention, given: dict[str, Any], precision: torch
 
 
 def run_attention(case: Attention, given: dict[str, Any], package: str = KERNELS, need_tokens: bool = True,
-                  need_prefix: bool = True) -> tuple[Tensor, ...]:
-    """(out, lse, dqkv, dprefix_k, dprefix_v) by the kernels, on poisoned memory."""
+                  need_prefix: bool = True, poison: float = float("nan")) -> tuple[Tensor, ...]:
+    """(out, lse, dqkv, dprefix_k, dprefix_v) by the kernels, on fresh memory full of `poison`."""
     module = kernel("prefix_attention", package)
     q, k, v = given["qkv"].unbind(1)
     plain = (given["cu_seqlens"], given["max_seqlen"], given["prompt_ids"], given["prompt_lengths"], case.D**-0.5, case.dropout_p,
              case.prefix_dropout_p, given["seed"], case.site)
-    with poisoned_memory():
+    with poisoned_memory(poison):
         out, lse = module.prefix_attention_fwd(q, k, v, *given["prefix"], *plain)
         grads = module.prefix_attention_bwd(given["dout"], q, k, v, *given["prefix"], out if case.keep_out else None, lse, *plain,
                                             need_tokens, need_prefix)

@@ -1,0 +1,94 @@
+"""The kernels on a CUDA device: the interpreter's checks in 16 bits, larger shapes, determinism, the registered ops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_checks import (
+    Attention,
+    attention_inputs,
+    check_add_norm,
+    check_attention,
+    check_embedding,
+    check_gelu,
+    mixed_prompts,
+    run_attention,
+)
+
+from ptv2_engine import ops
+from ptv2_engine.testing import assert_error_within
+
+pytestmark = pytest.mark.gpu
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = [bf16, fp16, fp32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("T, H", [(1, 64), (1000, 768), (333, 1024), (65, 4096), (7, 8192)])
+def test_row_ops(T, H, p, dtype):
+    check_add_norm(T, H, dtype, p)
+    check_embedding(T, H, dtype, p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu(approximate, dtype):
+    check_gelu(513, 3072, dtype, approximate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [16, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize("P", [0, 1, 20, 100, 200])
+def test_attention_shapes(P, D, dtype):
+    check_attention(Attention((127, 0, 1, 64, 17, 5), P, N=3, D=D, dtype=dtype, spare_rows=3))
+    check_attention(Attention((60, 0, 1, 17), P, N=3, D=D, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths, P", [((40, 7, 64), 16), ((127, 30, 1), 20), ((300, 513), 128)])
+def test_attention_dropout(lengths, P, dtype):
+    case = Attention(lengths, P, N=4, D=64, dtype=dtype, dropout_p=0.1, prefix_dropout_p=0.2)
+    check_attention(case)
+    check_attention(mixed_prompts(case))
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16])
+def test_attention_of_long_rows(dtype):
+    check_attention(Attention((1500, 33, 2048), 128, N=2, D=64, dtype=dtype, keep_out=True))
+    check_attention(Attention((1024,), 200, N=2, D=128, dtype=dtype, keep_out=True, dropout_p=0.1, prefix_dropout_p=0.1))
+
+
+def test_many_sequences():
+    lengths = tuple(int(n) for n in torch.randint(1, 128, (200,), generator=torch.Generator().manual_seed(0)))
+    check_attention(Attention(lengths, 20, N=12, D=64, dtype=bf16))
+    check_attention(mixed_prompts(Attention(lengths, 48, N=4, D=64, dtype=bf16, prefix_dropout_p=0.1)))
+
+
+@pytest.mark.parametrize("case", [Attention((64,) * 40, 16, N=8, D=64, dtype=bf16),
+                                  Attention((128, 100, 7) * 12, 64, N=8, D=64, dtype=bf16),
+                                  Attention((900, 40), 128, N=8, D=64, dtype=bf16, keep_out=True)])
+def test_bitwise_determinism(case):
+    case = replace(case, dropout_p=0.1, prefix_dropout_p=0.1)
+    given = attention_inputs(case)
+    first = run_attention(case, given)
+    for value in (0.0, 1e30):
+        again = run_attention(case, given, poison=value)
+        for one, other in zip(first, again, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_the_registered_ops_run_on_cuda_and_reach_the_prefix():
+    case = Attention((30, 64, 5), 20, N=4, D=64, dtype=bf16)
+    given = attention_inputs(case)
+    results = []
+    for backend, dtype in (("triton", bf16), ("reference", torch.float64), ("reference", bf16)):
+        qkv = given["qkv"].to(dtype).requires_grad_()
+        pk, pv = (p.to(dtype).requires_grad_() for p in given["prefix"])
+        with ops.use_backend(backend):
+            out = ops.prefix_attention_qkv(qkv, pk, pv, given["cu_seqlens"], given["max_seqlen"])
+        results.append((out, *torch.autograd.grad(out, (qkv, pk, pv), given["dout"].to(dtype))))
+    for name, actual, exact, stock in zip(("out", "dqkv", "dpk", "dpv"), *results, strict=True):
+        assert_error_within(name, actual, exact, stock, 2.0, 4.0)

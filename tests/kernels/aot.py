@@ -1,0 +1,130 @@
+"""Compile, without a GPU, exactly what the launchers would launch; print registers, spills and shared memory as JSON lines.
+
+Run in a process of its own without TRITON_INTERPRET: `python aot.py 80 90 100`. The launchers are called on small CPU tensors
+with the launch replaced by a recorder, so tiles, argument types and divisibility are those of a real call.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from ptv2_engine.kernels import add_norm, embedding, linear_gelu, prefix_attention
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def attention(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.0, need_tokens: bool = True,
+              prompts: torch.dtype | None = None, N: int = 4) -> None:
+    """Forward and backward of a layer shaped like the encoder's: one fused qkv buffer, two sequences. prompts: dtype of the ids."""
+    T, K = 2 * S, 1 if prompts is None else 3
+    ids, lengths = (None, None) if prompts is None else (torch.zeros(2, dtype=prompts), torch.full((3,), P, dtype=prompts))
+    qkv = torch.zeros(T, 3, N, D, dtype=dtype)
+    q, k, v = qkv.unbind(1)
+    prefix = [torch.zeros(K, P, N, D, dtype=dtype) for _ in range(2)] if P else [None, None]
+    plain = (torch.tensor([0, S, T], dtype=torch.int32), S, ids, lengths, 0.125, dropout, dropout,
+             torch.zeros(1, dtype=torch.int64), 3)
+    out, lse = prefix_attention.prefix_attention_fwd(q, k, v, *prefix, *plain)
+    given = out if S + P > 1024 else None
+    prefix_attention.prefix_attention_bwd(torch.zeros_like(out), q, k, v, *prefix, given, lse, *plain, need_tokens, P > 0)
+
+
+def row_ops(H: int, dtype: torch.dtype, dropout: float) -> None:
+    x, weight, seed = torch.zeros(8, H, dtype=dtype), torch.zeros(H, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    ids = torch.zeros(8, dtype=torch.int64)
+    _, xhat, rstd = add_norm.add_norm_fwd(x, x, weight, weight, 1e-12, dropout, seed, 1, True)
+    add_norm.add_norm_bwd(x, xhat, rstd, weight, dropout, seed, 1)
+    embedding.embedding(ids, ids, ids, x, x, x, weight, weight, 1e-12, dropout, seed, 1)
+
+
+def gelu(dtype: torch.dtype, approximate: str) -> None:
+    z = torch.zeros(8, 64, dtype=dtype)
+    linear_gelu.gelu_bwd(z, linear_gelu.gelu_(z, approximate, True))
+
+
+# What the engine launches by default. fp16 compiles to the same code as bf16 but for the mma's type: one case of it.
+CASES: dict[str, Callable[[], None]] = {
+    "S64 P16 D64 bf16, prompts": lambda: attention(64, 16, 64, bf16, prompts=torch.int64, N=1),
+    "S128 P20 D64 bf16": lambda: attention(128, 20, 64, bf16),
+    "S128 P20 D64 bf16 dropout": lambda: attention(128, 20, 64, bf16, 0.1),
+    "S128 P16 D64 fp16, no dqkv": lambda: attention(128, 16, 64, fp16, need_tokens=False, prompts=torch.int32),
+    "S512 P128 D64 bf16 dropout": lambda: attention(512, 128, 64, bf16, 0.1),
+    "S4096 P128 D64 bf16": lambda: attention(4096, 128, 64, bf16),
+    "S64 P20 D128 bf16 dropout": lambda: attention(64, 20, 128, bf16, 0.1),
+    "S512 P128 D80 bf16 dropout": lambda: attention(512, 128, 80, bf16, 0.1),
+    "S512 P128 D128 bf16": lambda: attention(512, 128, 128, bf16),
+    "S128 P16 D64 fp32": lambda: attention(128, 16, 64, fp32),
+    "S128 P128 D128 fp32 dropout": lambda: attention(128, 128, 128, fp32, 0.1),
+    "H1024 bf16 dropout": lambda: row_ops(1024, bf16, 0.1),
+    "H768 fp32": lambda: row_ops(768, fp32, 0.0),
+    "H4096 bf16 dropout": lambda: row_ops(4096, bf16, 0.1),
+    "gelu bf16": lambda: gelu(bf16, "none"),
+    "gelu tanh fp32": lambda: gelu(fp32, "tanh"),
+}
+
+
+def recorded(case: Callable[[], None]) -> list[tuple[JITFunction, tuple, dict[str, Any]]]:
+    """The launches of a case; nothing runs."""
+    launches: list[tuple[JITFunction, tuple, dict[str, Any]]] = []
+    original = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))
+    try:
+        case()
+    finally:
+        JITFunction.run = original
+    return launches
+
+
+def compile_launch(fn: JITFunction, args: tuple, kwargs: dict[str, Any], sm: int) -> dict[str, Any]:
+    """Registers, stack, local and shared memory and the matrix instruction of one launch on one architecture."""
+    target = GPUTarget("cuda", sm, 32)
+    backend = CUDABackend(target)
+    binder = create_function_from_signature(fn.signature, fn.params, backend)
+    kwargs = kwargs | {"debug": False}
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constants, attributes = fn._pack_args(backend, kwargs, bound, specialization, options)
+    compiled = triton.compile(ASTSource(fn, signature, constants, attributes), target=target, options=options.__dict__)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        dump = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(field.split(":") for field in dump.rsplit("Function",
+                                                           1)[1].split() if field.count(":") == 1 and field[-1].isdigit())
+    ptx = compiled.asm["ptx"]
+    matrix = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "")
+    tiles = [str(bound[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_P") if name in bound]
+    return {"kernel": fn.__name__, "tiles": "x".join(tiles), "warps": compiled.metadata.num_warps, "sm": sm,
+            "registers": int(usage["REG"]),
+            "stack": int(usage["STACK"]), "local": int(usage["LOCAL"]), "shared": compiled.metadata.shared, "matrix": matrix}
+
+
+def compile_case(name: str, sm: int) -> list[dict[str, Any]]:
+    """One row per distinct launch of a case."""
+    rows = [{"case": name} | compile_launch(*launch, sm) for launch in recorded(CASES[name])]
+    return [row for i, row in enumerate(rows) if row not in rows[:i]]
+
+
+def main(architectures: list[int], names: list[str]) -> Iterator[dict[str, Any]]:
+    jobs = [(name, sm) for name in names for sm in architectures]
+    with ProcessPoolExecutor(2) as pool:
+        for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
+            yield from rows
+
+
+if __name__ == "__main__":
+    chosen = [name for name in CASES if len(sys.argv) < 3 or sys.argv[2] in name]
+    for row in main([int(sm) for sm in sys.argv[1].split(",")], chosen):
+        print(json.dumps(row), flush=True)

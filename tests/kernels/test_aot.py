@@ -1,0 +1,71 @@
+"""Every kernel compiled for A100, H100 and B200 without a GPU: registers, spills, shared memory, matrix instructions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ptv2_engine
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+COLUMNS = {"case": 29, "kernel": 19, "tiles": 9, "warps": 5, "sm": 3, "registers": 9, "stack": 5, "shared": 6, "matrix": 11}
+MATRIX = {80: "mma.sync", 90: "mma", 100: "mma"}
+ATTENTION = ("forward_kernel", "sweep_kernel", "dq_kernel", "dkdv_kernel", "prefix_grad_kernel")
+
+# Bytes of stack a thread spills to: (kernel, sm, head dim over 64). Everything that is not here must not spill. All are
+# kernels with a dropped prefix; those of wide heads keep 64 + 64 accumulators and have no registers left for masks.
+KNOWN_SPILLS = {("sweep_kernel", 90, False): 48, ("sweep_kernel", 100, False): 48, ("prefix_grad_kernel", 80, False): 16,
+                ("prefix_grad_kernel", 90, False): 16, ("dq_kernel", 80, True): 40, ("prefix_grad_kernel", 80, True): 248,
+                ("prefix_grad_kernel", 90, True): 160}
+
+
+def compiled(architectures: str, case: str) -> list[dict]:
+    """The rows of aot.py for the cases whose name contains `case`, from a process that does not interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = str(Path(ptv2_engine.__file__).parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    command = [sys.executable, str(Path(__file__).with_name("aot.py")), architectures, case]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def check(rows: list[dict]) -> list[str]:
+    """What is wrong with the compiled kernels, one line each."""
+    wrong = []
+    for row in rows:
+        name = f"{row['kernel']} {row['tiles']} sm_{row['sm']} ({row['case']})"
+        wide = " D128" in row["case"] or " D80" in row["case"]
+        dropped = "dropout" in row["case"]
+        allowed = KNOWN_SPILLS.get((row["kernel"], row["sm"], wide), 0) if dropped else 0
+        if row["stack"] > allowed or row["local"]:
+            wrong.append(f"{name} spills {row['stack']} bytes of stack and {row['local']} of local memory; {allowed} known")
+        if row["shared"] > SHARED_LIMIT[row["sm"]]:
+            wrong.append(f"{name} needs {row['shared']} bytes of shared memory; the card has {SHARED_LIMIT[row['sm']]}")
+        if row["registers"] > 255:
+            wrong.append(f"{name} needs {row['registers']} registers")
+        if row["kernel"] in ATTENTION and "fp32" not in row["case"] and MATRIX[row["sm"]] not in row["matrix"]:
+            wrong.append(f"{name} does not use the tensor cores")
+    return wrong
+
+
+def test_kernels_compile_without_spills(capsys):
+    rows = compiled("80,90", "") + compiled("100", "S128 P20 D64 bf16 dropout")
+    seen = {row["kernel"] for row in rows}
+    with capsys.disabled():
+        print()
+        for row in [{name: name for name in COLUMNS}, *rows]:
+            print(" ".join(f"{row[name]:>{width}}" for name, width in COLUMNS.items()))
+    assert seen == {*ATTENTION, "reduce_kernel", "add_norm_fwd_kernel", "add_norm_bwd_kernel", "embedding_kernel", "gelu_kernel",
+                    "gelu_bwd_kernel"}
+    assert not (wrong := check(rows)), "\n".join(wrong)
+
+
+def test_the_check_names_a_spill_and_too_much_shared_memory():
+    row = {"case": "S64 P16 D64 bf16", "kernel": "dq_kernel", "tiles": "64x64x16", "sm": 90, "stack": 8, "local": 0,
+           "registers": 255,
+           "shared": 240000, "matrix": ""}
+    assert len(check([row])) == 3

@@ -1,0 +1,148 @@
+"""Each kernel's check must fail on a kernel with a plausible mistake, or it checks nothing.
+
+A mutation is one textual change in a copy of kernels/, imported under another package name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_checks import KERNELS, Attention, check_add_norm, check_attention, check_embedding, check_gelu
+
+SOURCE = Path(importlib.import_module(f"{KERNELS}.philox").__file__).parent
+fp16, fp32 = torch.float16, torch.float32
+
+plain = Attention((17, 5), 5, N=1, dtype=fp16)
+fused = Attention((17, 25), 5, N=1, dtype=fp16)
+apart = Attention((17, 5), 36, N=1, dtype=fp16)
+long = Attention((70, 5), 5, N=1, D=80, dtype=fp16, keep_out=True)
+dropped = Attention((17, 5), 36, N=1, dtype=fp16, dropout_p=0.2, prefix_dropout_p=0.3)
+dropped_fused = Attention((17, 25), 5, N=1, dtype=fp16, prefix_dropout_p=0.3)
+
+
+def attention(case: Attention) -> Callable[[str], None]:
+    return lambda package: check_attention(case, package)
+
+
+MUTATIONS = {
+    "add_norm: last row dropped": (
+        "add_norm", "(rows < T)[:, None] & inside, inside", "(rows < T - 1)[:, None] & inside, inside",
+        lambda package: check_add_norm(5, 100, fp32, package=package)),
+    "add_norm: padding columns counted in the variance": (
+        "add_norm", "centred = tl.where(inside, x - mean[:, None], 0.0)", "centred = x - mean[:, None]",
+        lambda package: check_add_norm(5, 100, fp32, package=package)),
+    "add_norm: projection on x_hat forgotten": (
+        "add_norm", "- xhat * mean_product[:, None]", "", lambda package: check_add_norm(5, 100, fp32, package=package)),
+    "add_norm: backward draws another mask": (
+        "add_norm", "keep = keep_tile(first_row, 0, site * 0, site * 8 + HIDDEN, seed, threshold, ROWS, BLOCK_H)\n        dx",
+        "keep = keep_tile(first_row, 0, site * 0, site * 8 + 1, seed, threshold, ROWS, BLOCK_H)\n        dx",
+        lambda package: check_add_norm(5, 100, fp32, 0.3, package)),
+    "philox: six rounds": (
+        "philox", "static_range(7)", "static_range(6)", lambda package: check_embedding(5, 64, fp32, 0.3, package=package)),
+    "philox: words of a counter swapped": (
+        "philox", "tl.join(even, odd)", "tl.join(odd, even)", lambda package: check_add_norm(5, 100, fp32, 0.3, package)),
+    "embedding: without types, row 0 is not added": (
+        "embedding", "x += tl.load(type_UE + columns,", "x += 0 * tl.load(type_UE + columns,",
+        lambda package: check_embedding(5, 64, fp32, types="none", package=package)),
+    "embedding: positions off by one": (
+        "embedding", "tl.load(position_ids_T + rows, mask=present, other=0)",
+        "(tl.load(position_ids_T + rows, mask=present, other=0) // 2)",
+        lambda package: check_embedding(5, 64, fp32, package=package)),
+    "gelu: code truncated instead of rounded": (
+        "linear_gelu", "_CODES_PER_UNIT + 0.5)", "_CODES_PER_UNIT)", lambda package: check_gelu(3, 50, fp16, package=package)),
+    "gelu: last element dropped": (
+        "linear_gelu", "mask = offsets < numel", "mask = offsets < numel - 1",
+        lambda package: check_gelu(3, 50, fp32, package=package)),
+    "gelu: derivative without z * phi": (
+        "linear_gelu", "derivative = cdf + 0.5 * z * slope", "derivative = cdf",
+        lambda package: check_gelu(3, 50, fp16, "tanh", package)),
+    "forward: key mask shifted by one": (
+        "attention_tile", "scores = tl.where((tl.arange(0, BLOCK_N) < num_keys)[None, :]",
+        "scores = tl.where((tl.arange(0, BLOCK_N) < num_keys - 1)[None, :]", attention(plain)),
+    "forward: padding keys not masked": (
+        "attention_tile", "scores = tl.where((tl.arange(0, BLOCK_N) < num_keys)[None, :], scores, float(\"-inf\"))", "",
+        attention(plain)),
+    "forward: a row dropped": (
+        "prefix_attention", "store_tile(out_TND + n * D, start + first, out_row, length - first,",
+        "store_tile(out_TND + n * D, start + first, out_row, length - first - 1,", attention(plain)),
+    "forward: rows past the last sequence left as they are": (
+        "prefix_attention", "zero_rows(out_TND + n * D, start, T,", "zero_rows(out_TND + n * D, T, T,",
+        attention(Attention((17,), 5, N=1, dtype=fp16, spare_rows=3))),
+    "forward: the accumulator is not rescaled": (
+        "attention_tile", "acc * shrink[:, None]", "acc", attention(plain)),
+    "forward: every sequence takes prompt 0": (
+        "attention_tile", "tl.load(prompt_ids + b).to(tl.int64)", "(b * 0).to(tl.int64)",
+        attention(Attention((17, 5), 5, N=1, dtype=fp16, K=2, prompt_ids=(0, 1)))),
+    "forward: a prompt's length ignored": (
+        "attention_tile", "tl.load(prompt_lengths + prompt).to(tl.int32) if prompt_lengths is not None else P", "P",
+        attention(Attention((17, 5), 5, N=1, dtype=fp16, K=2, prompt_ids=(0, 1), prompt_lengths=(2, 5)))),
+    "dropout: the prefix's columns take the tokens' bits": (
+        "prefix_attention", "c2, PREFIX_PROB,", "c2, TOKEN_PROB,",
+        attention(Attention((17, 5), 5, N=1, dtype=fp16, dropout_p=0.3))),
+    "sweep: delta without the prefix": (
+        "prefix_attention", "delta += tl.sum(p_probs * p_dprobs, 0)", "delta += 0.0", attention(fused)),
+    "sweep: dq without the prefix": (
+        "prefix_attention", "dq = tl.dot(tl.trans(p_ds), pk, dq, input_precision=PRECISION)", "dq += 0.0", attention(fused)),
+    "sweep: dk without its scale": ("prefix_attention", "length, dk * scale,", "length, dk,", attention(fused)),
+    "sweep: prefix gradient without its own mask": (
+        "prefix_attention", "site, PREFIX_V, BLOCK_P, BLOCK_D), dpv * prefix_scale, 0.0)",
+        "site, PREFIX_K, BLOCK_P, BLOCK_D), dpv * prefix_scale, 0.0)", attention(dropped_fused)),
+    "sum of partials: one sequence left out": (
+        "prefix_grad", "mine = rows < C", "mine = rows < C - 1", attention(fused)),
+    "prefix gradient: one sequence left out": (
+        "prefix_grad", "for b in range(group, B, groups)", "for b in range(group, B - 1, groups)", attention(apart)),
+    "prefix gradient: last query tile left out": (
+        "prefix_grad", "* BLOCK_M, length, query_groups * BLOCK_M)", "* BLOCK_M, length - 16, query_groups * BLOCK_M)",
+        attention(apart)),
+    "prefix gradient: a sequence's own mask left out": (
+        "prefix_grad", "part = tl.where(keep, part * factor, 0.0)", "part = part * factor", attention(dropped)),
+    "long: delta of the kept output wrong": (
+        "prefix_attention_long", "delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)",
+        "delta = tl.sum(do.to(tl.float32), 1)",
+        attention(long)),
+    "long: last key block left out of dq": (
+        "prefix_attention_long",
+        "        for j in range(0, length, BLOCK_N):\n            k = load_tile(k_TND + n * D, start + j, k_row",
+        "        for j in range(0, length - 5, BLOCK_N):\n            k = load_tile(k_TND + n * D, start + j, k_row",
+        attention(long)),
+    "long: dk, dv see one query tile less": (
+        "prefix_attention_long", "for i in range(0, length, BLOCK_M)", "for i in range(BLOCK_M, length, BLOCK_M)",
+        attention(long)),
+}
+
+
+def mutant(folder: Path, name: str, file: str, old: str, new: str) -> str:
+    """The package name of a copy of kernels/ in which `old` reads `new` in one file."""
+    package = folder / name
+    package.mkdir()
+    for path in SOURCE.glob("*.py"):
+        text = path.read_text()
+        if path.stem == file:
+            assert old in text, f"the mutation of {file}.py no longer applies: {old!r} is gone"
+            text = text.replace(old, new)
+        (package / path.name).write_text(text.replace(KERNELS, name))
+    return name
+
+
+@pytest.mark.parametrize("title", MUTATIONS)
+def test_the_check_fails(title, tmp_path, monkeypatch):
+    file, old, new, check = MUTATIONS[title]
+    name = f"mutant_{list(MUTATIONS).index(title)}"
+    monkeypatch.syspath_prepend(tmp_path)
+    package = mutant(tmp_path, name, file, old, new)
+    try:
+        with pytest.raises(AssertionError):
+            check(package)
+    finally:
+        for module in [m for m in sys.modules if m.split(".")[0] == name]:
+            del sys.modules[module]
+
+
+@pytest.mark.parametrize("case", [plain, fused, apart, long, dropped, dropped_fused], ids=lambda case: str(case.lengths))
+def test_the_same_checks_pass_on_the_kernels_themselves(case):
+    check_attention(case)
