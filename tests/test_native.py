@@ -1,7 +1,7 @@
 """The C++ CPU kernels against the references in fp64: values, exact dropout masks, determinism, every instruction set built.
 
 Shapes are awkward on purpose: lengths 0 and 1 (an empty and a lone sequence), 5, 17 (just over a vector), 64, 127 (prime),
-300 (several blocks of query rows); prompts of 0, 1, 5, 16, 100, 200 rows; head dims 32, 64, 80 (half a register block), 128.
+300 and 900 (several blocks of query rows); prompts of 0, 1, 5, 16, 100, 200 rows; head dims 32, 64, 80 (half a register block), 128.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ def check_attention(case: Case, actual: dict[str, Tensor]) -> None:
         assert_error_within(name, actual[name], exact[name], stock[name], roundings=4.0)
 
 
-LENGTHS = [[5, 0, 17, 1, 64], [127], [300, 3], [0, 1]]
+RAGGED = [5, 0, 17, 1, 64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
-@pytest.mark.parametrize(("lengths", "prompt_length"), [(LENGTHS[0], 16), (LENGTHS[0], 0), (LENGTHS[1], 5), (LENGTHS[2], 100),
-                                                        (LENGTHS[3], 1), (LENGTHS[0], 200)])
+@pytest.mark.parametrize(("lengths", "prompt_length"), [(RAGGED, 16), (RAGGED, 0), (RAGGED, 200), ([127], 5),
+                                                        ([300, 3], 100), ([0, 1], 1), ([900], 60)])
 def test_attention(lengths: list[int], prompt_length: int, head_dim: int, dtype: torch.dtype) -> None:
     case = make_case(lengths, prompt_length, head_dim, dtype)
     check_attention(case, run_native(case))
@@ -127,11 +127,6 @@ def test_attention_with_dropout_and_several_prompts(head_dim: int, dtype: torch.
 def test_attention_of_any_batch(lengths: list[int], prompt_length: int, head_dim: int, dropout: float, num_prompts: int,
                                 dtype: torch.dtype) -> None:
     case = make_case(lengths, prompt_length, head_dim, dtype, dropout, num_prompts=num_prompts)
-    check_attention(case, run_native(case))
-
-
-def test_long_rows() -> None:
-    case = make_case([1500], 60, 32, torch.float32, num_heads=1)
     check_attention(case, run_native(case))
 
 
@@ -330,20 +325,6 @@ def test_words_of_errors() -> None:
         call(q=q.half())
     with pytest.raises(RuntimeError, match="approximate 'sigmoid' must be 'none' or 'tanh'"):
         torch.ops.ptv2.gelu_(torch.zeros(1, 4), "sigmoid", True)
-
-
-def test_build_report_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = build_info.report()
-    assert report["why_not"] is None and report["loaded"] in report["build"]["archs"]
-    built = report["build"]
-    for change, words in (({"archs": [], "reason": "no C++ compiler found at install"}, "not built .no C.. compiler found"),
-                          ({"torch": "1.0"}, "built with torch 1.0, but torch .* is running"),
-                          ({"archs": ["avx1024"]}, "of the libraries built .avx1024. it has none")):
-        monkeypatch.setattr(build_info, "recorded", lambda change=change: built | change)
-        reason, arch = _native._load(None)
-        assert arch is None
-        with pytest.raises(AssertionError, match=words):
-            raise AssertionError(reason)
 
 
 def check_all() -> None:

@@ -7,8 +7,6 @@
 
 namespace ptv2 {
 
-const char* instruction_set();
-
 int64_t embedding(const EmbeddingParams& p);  // -1, or the first token whose id lies outside its table
 void add_norm_fwd(const AddNormParams& p);
 void add_norm_bwd(const AddNormBwdParams& p);

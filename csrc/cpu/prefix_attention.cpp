@@ -90,6 +90,4 @@ template <class T> void run(const PrefixAttentionParams& p) {
 
 void prefix_attention_fwd(const PrefixAttentionParams& p) { p.dtype == DType::f32 ? run<float>(p) : run<bf16>(p); }
 
-const char* instruction_set() { return W == 16 ? "avx512" : W == 8 ? "avx2" : "default"; }
-
 }  // namespace ptv2

@@ -1,6 +1,7 @@
 // Backward of prefix_attention in one pass over the scores. Whole rows are on chip, so delta = rowsum(P * dP) needs no saved
 // output, and with the log-sum-exp the probabilities need no second softmax:
-//   P = exp(S - lse)   dP = mask * (dO V^T)   dS = P * (dP - delta)   dQ = scale dS K   dK = dS^T (scale Q)   dV = (mask * P)^T dO
+//   P = exp(S - lse)    dP = mask * (dO V^T)    dS = P * (dP - delta)
+//   dQ = scale dS K     dK = dS^T (scale Q)     dV = (mask * P)^T dO
 // The prefix's gradient is summed over the task's sequences, then over the chunks of its prompt in their order: neither
 // depends on which thread ran what. Without need_tokens only the prefix's rows of dK and dV are computed.
 #include "attention_tile.h"

@@ -265,17 +265,19 @@ std::tuple<Tensor, Tensor> prefix_attention_fwd_op(const Tensor& q, const Tensor
 // out_TND is not needed: whole rows are at hand, so delta is summed from P * dP.
 std::tuple<Tensor, Tensor, Tensor> prefix_attention_bwd_op(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& prefix_k, const OptTensor& prefix_v,
-    const OptTensor& /*out_TND*/, const Tensor& lse, const Tensor& cu_seqlens, int64_t /*max_seqlen*/, const OptTensor& prompt_ids,
-    const OptTensor& prompt_lengths, double scale, double dropout_p, double prefix_dropout_p, const OptTensor& seed, int64_t site,
-    bool need_tokens, bool need_prefix) {
+    const OptTensor& /*out_TND*/, const Tensor& lse, const Tensor& cu_seqlens, int64_t /*max_seqlen*/,
+    const OptTensor& prompt_ids, const OptTensor& prompt_lengths, double scale, double dropout_p, double prefix_dropout_p,
+    const OptTensor& seed, int64_t site, bool need_tokens, bool need_prefix) {
   const char* op = "prefix_attention backward";
   Attention a;
-  fill(a, op, q, k, v, prefix_k, prefix_v, cu_seqlens, prompt_ids, prompt_lengths, scale, dropout_p, prefix_dropout_p, seed, site);
+  fill(a, op, q, k, v, prefix_k, prefix_v, cu_seqlens, prompt_ids, prompt_lengths, scale, dropout_p, prefix_dropout_p, seed,
+       site);
   check_like(op, "dout", dout, dout);
   TORCH_CHECK(dout.sizes() == q.sizes() && dout.scalar_type() == q.scalar_type(), op, ": dout ", dout.sizes(), " ",
               dout.scalar_type(), " must be ", q.sizes(), " ", q.scalar_type(), ".");
   const PrefixAttentionParams& p = a.p;
-  TORCH_CHECK(lse.dim() == 2 && lse.size(0) == p.N && lse.size(1) == p.T && lse.is_contiguous() && lse.scalar_type() == at::kFloat,
+  TORCH_CHECK(lse.dim() == 2 && lse.size(0) == p.N && lse.size(1) == p.T && lse.is_contiguous() &&
+                  lse.scalar_type() == at::kFloat,
               op, ": lse ", lse.sizes(), " must be contiguous float32 [", p.N, ", ", p.T, "].");
   a.p.lse_NT = const_cast<float*>(lse.const_data_ptr<float>());
   const auto f32 = q.options().dtype(at::kFloat);
