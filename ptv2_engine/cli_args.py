@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ptv2_engine.errors import ConfigError
@@ -98,6 +99,8 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
     if file is not None:
         merged |= _translate(_from_yaml(file[0]), notes)
     merged |= flags
+    if not torch.cuda.is_available():
+        merged.setdefault("use_cpu", ["True"])      # transformers refuses --bf16 without it
     known = set(known_flags())
     for name in merged:
         if name not in known:
@@ -107,7 +110,10 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
     parser: Any = HfArgumentParser(GROUPS, allow_abbrev=False, prog="ptv2 train")
     parser.error = _refuse
     words = [word for name, values in merged.items() for word in (f"--{name}", *values)]
-    return (*parser.parse_args_into_dataclasses(words), notes)
+    try:
+        return (*parser.parse_args_into_dataclasses(words), notes)
+    except ValueError as error:      # TrainingArguments checks its own fields
+        raise ConfigError(f"{str(error).splitlines()[0]}; see ptv2 train --help.") from error
 
 
 def print_help() -> None:

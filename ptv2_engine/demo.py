@@ -44,9 +44,9 @@ class Run:
     head_learning_rate: float
 
 
-RUNS = (Run("head only (linear probe)", "head-only", "none", 0, 5e-3, 5e-3),
-        Run("prompt tuning (input)", "prompt-tuning", "shallow", 20, 1e-2, 2e-3),
-        Run("P-Tuning v2 (all layers)", "p-tuning-v2", "deep", 20, 1e-2, 2e-3))
+RUNS = (Run("head only (linear probe)", "head-only", "none", 0, 1e-2, 1e-2),
+        Run("prompt tuning (input)", "prompt-tuning", "shallow", 20, 5e-2, 5e-3),
+        Run("P-Tuning v2 (all layers)", "p-tuning-v2", "deep", 16, 5e-2, 5e-3))
 
 
 def encoder_folder() -> Path:

@@ -53,6 +53,7 @@ class Trainer(transformers.Trainer):
         for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
             if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
                 raise DataError(f"the {name} data set has 0 examples; check the file and its filters.")
+        check_writable(args.output_dir)
         self.packs = data_collator is None
         if data_collator is None:
             data_collator = PackedCollator(vocab_size=model.encoder.config.vocab_size, max_length=model.max_length())
@@ -102,8 +103,8 @@ class Trainer(transformers.Trainer):
             self.tokens_seen += _num_tokens(inputs)
             loss = result[0] if return_outputs else result
             # On the CPU looking at the loss is free; on a GPU it is looked at when it is logged, without stalling the step
-            if loss.device.type == "cpu" and not bool(torch.isfinite(loss)):
-                raise NonFiniteLoss(f"the loss is {float(loss)} at step {self.state.global_step + 1}; nothing was updated with it. "
+            if loss.device.type == "cpu" and not math.isfinite(value := loss.item()):
+                raise NonFiniteLoss(f"the loss is {value} at step {self.state.global_step + 1}; nothing was updated with it. "
                                     "Lower the learning rate, or look for bad labels or inputs.")
         return result
 
@@ -113,11 +114,6 @@ class Trainer(transformers.Trainer):
             raise NonFiniteLoss(f"the loss became {loss} by step {self.state.global_step}; continue from the last checkpoint with a "
                                 "lower learning rate.")
         super().log(logs, *args, **kwargs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' train; the output folder is tried before any work is done."""
-        check_writable(self.args.output_dir)
-        return super().train(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The adapter (and the tokenizer), not the model."""

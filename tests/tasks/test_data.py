@@ -1,0 +1,135 @@
+"""Reading tables, inferring labels, making features, and metrics against their definitions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sk
+
+from ptv2_engine.errors import ConfigError, DataError, LabelError
+from ptv2_engine.tasks import Labels, Table, metrics_for, read_table
+from ptv2_engine.tasks.benchmarks import find_benchmark, load_benchmark, text_columns_of
+
+ROWS = [{"text": 'he said "no", twice', "label": "neg"}, {"text": "café", "label": "pos"}]
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def write(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8-sig")
+    elif path.suffix == ".csv":
+        quoted = ['"' + r["text"].replace('"', '""') + '",' + r["label"] for r in rows]
+        path.write_text("\n".join(["text,label", *quoted]), encoding="utf-8")
+    elif path.suffix == ".tsv":
+        path.write_text("\n".join(["text\tlabel", *(f"{r['text']}\t{r['label']}" for r in rows)]), encoding="utf-8")
+    else:
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_every_format_gives_the_same_table(suffix, tmp_path):
+    assert read_table(write(tmp_path / f"x{suffix}", ROWS)).rows == ROWS
+
+
+def test_conll_columns_keep_the_last_sentence(tmp_path):
+    (tmp_path / "x.txt").write_text("-DOCSTART- O O\n\nPeter B-PER O\nsings O O\n\nParis B-LOC O")
+    assert read_table(tmp_path / "x.txt").rows == [{"words": ["Peter", "sings"], "tags": ["B-PER", "O"]},
+                                                   {"words": ["Paris"], "tags": ["B-LOC"]}]
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("x.csv", "", "has 0 examples"), ("x.xls", "x", "files of .csv, .tsv"), ("x.csv", "a,b\n1,2,3\n", "line 2: .* fields where the header has 2"),
+    ("x.jsonl", "{broken", "cannot be read as jsonl"), ("x.json", '{"a": 1}', "not a list of objects"),
+    ("x.parquet", "nonsense", "not a readable parquet file"), ("x.txt", "a b\nc d\n", "holds BIO tags"),
+])
+def test_bad_files(name, content, words, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        read_table(tmp_path / name)
+
+
+def test_missing_file_and_column(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        read_table(tmp_path / "none.csv")
+    with pytest.raises(DataError, match=r"x has no column 'txt'; it has 'text', 'label'"):
+        Table(ROWS, "x").column("txt")
+
+
+@pytest.mark.parametrize("values, kind, names", [
+    (["b", "a", "b"], "classes", ["a", "b"]), ([0, 2, 10, 2], "classes", ["0", "2", "10"]), ([True, False], "classes", ["False", "True"]),
+    (["1", "0"], "classes", ["0", "1"]), ([1.0, 0.0], "classes", ["0", "1"]), ([0.5, 1.0], "values", []), (["2.5", "1"], "values", []),
+    ([["O", "B-X"], ["I-X"]], "tags", ["O", "B-X", "I-X"]),
+])
+def test_labels_are_inferred(values, kind, names):
+    labels = Labels.infer(values, "x")
+    assert (labels.kind, labels.names) == (kind, names)
+    encoded = labels.encode(values[0], "x")
+    assert encoded == (float(values[0]) if kind == "values" else [0, 1] if kind == "tags" else names.index(str(
+        int(values[0]) if isinstance(values[0], float) else values[0])))
+
+
+def test_unseen_labels_are_named():
+    with pytest.raises(LabelError, match=r"dev: label 'c' is not one of the 2 known labels \(a, b\)"):
+        Labels("classes", ["a", "b"]).encode("c", "dev")
+    with pytest.raises(LabelError, match="label 'high' is not a number"):
+        Labels("values", []).encode("high", "dev")
+
+
+def prediction(scores, labels):
+    return SimpleNamespace(predictions=np.asarray(scores), label_ids=np.asarray(labels))
+
+
+def test_metrics_equal_their_libraries():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=(50, 3)), rng.integers(0, 3, 50)
+    found = metrics_for("classes", [], ("f1_macro", "matthews"))(prediction(scores, labels))
+    assert found["accuracy"] == pytest.approx(sk.accuracy_score(labels, scores.argmax(1)))
+    assert found["f1_macro"] == pytest.approx(sk.f1_score(labels, scores.argmax(1), average="macro"))
+    assert found["matthews"] == pytest.approx(sk.matthews_corrcoef(labels, scores.argmax(1)))
+    x, y = rng.integers(0, 6, 40).astype(float), rng.normal(size=40)
+    found = metrics_for("values", [])(prediction(x[:, None], y))
+    assert found["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert metrics_for("values", [])(prediction([[1.0], [1.0]], [0.0, 1.0]))["pearson"] == 0.0
+
+
+def test_entity_f1_leaves_out_ignored_positions():
+    names = ["O", "B-X", "I-X"]
+    labels = np.array([[1, 2, -100, 0], [0, 1, -100, -100]])
+    scores = np.eye(3)[[[1, 2, 0, 0], [0, 0, 1, 1]]]
+    found = metrics_for("tags", names)(prediction(scores, labels))
+    assert found["precision"] == 1.0 and found["recall"] == 0.5 and found["accuracy"] == pytest.approx(4 / 5)
+
+
+def test_published_data_sets_from_local_files():
+    if not SHARED.is_dir():
+        pytest.skip("the shared data folder is not beside the checkout")
+    rte = find_benchmark("superglue", "RTE")
+    train, validation, test = load_benchmark(rte, SHARED / "superglue-rte", 0)
+    assert (len(train), len(validation), len(test)) == (2490, 277, 3000) and "label" not in test.columns
+    wsc = find_benchmark("superglue", "wsc")
+    table = load_benchmark(wsc, SHARED / "superglue-wsc", 1)[0]
+    assert table.rows[0]["text"].count("*") == 2 and text_columns_of(wsc, table) == ["text", "text_b"]
+    sizes = [len(t) for t in load_benchmark(find_benchmark("ner", "conll2003"), SHARED / "conll2003", 0)]
+    assert sizes == [14041, 3250, 3453]
+    sizes = [len(t) for t in load_benchmark(find_benchmark("ner", "conll2004"), SHARED / "conll04", 0)]
+    assert sizes == [910, 243, 288]
+
+
+@pytest.mark.parametrize("task, name, words", [("superglue", "copa", "cannot be trained yet"), ("qa", "squad", "cannot be trained yet"),
+                                               ("glue", "imdb", "is unknown; there are glue: cola")])
+def test_data_sets_that_are_not_there(task, name, words):
+    with pytest.raises(ConfigError, match=words):
+        find_benchmark(task, name)
+    with pytest.raises(DataError, match="holds no train file"):
+        load_benchmark(find_benchmark("glue", "sst2"), Path(__file__).parent, 0)
