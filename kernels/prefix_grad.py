@@ -4,7 +4,9 @@ Every query of every sequence adds to dPk, dPv [K, P, N, D]. One program per key
 would make the result depend on scheduling. So the batch is cut into (sequence groups x query groups) by shape alone
 (tuning.choose_splits); a program keeps one key block of one prompt and head in registers, visits its share of the sequences
 that use this prompt, and writes one fp32 partial; a second kernel adds the partials of each element always in the same order.
-Rows past a prompt's length and prompts nobody uses get 0.
+Rows past a prompt's length and prompts nobody uses get 0. With prefix dropout every sequence has masks of its own: its masked
+keys and values, and its sums before their mask, pass through scratch memory in L2, because a whole tile's masks and two more
+accumulators do not fit the registers.
 """
 
 from __future__ import annotations

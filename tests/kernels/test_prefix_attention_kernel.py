@@ -89,8 +89,8 @@ def test_nothing_asked_for_gives_nothing():
 
 def test_the_number_of_pieces_changes_the_prefix_gradient_only_by_rounding(monkeypatch):
     """Pieces: sequences first, then query tiles dealt out round robin; every query must be counted once."""
-    case = Attention((40, 5, 33), 40, N=1, dtype=fp16, prefix_dropout_p=0.2)
+    case = Attention((40, 5), 33, N=1, dtype=fp16, prefix_dropout_p=0.2)
     grad = kernel("prefix_grad")
-    for pieces in ((1, 1), (3, 2), (1, 4)):
+    for pieces in ((1, 1), (2, 2)):
         monkeypatch.setattr(grad, "choose_splits", lambda *_, pieces=pieces: pieces)
         check_attention(case)
