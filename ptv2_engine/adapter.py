@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_engine import __version__
-from ptv2_engine.encoder import load_encoder
+from ptv2_engine.encoder import Encoder, Origin, load_encoder
 from ptv2_engine.encoder.checkpoints import open_safetensors
-from ptv2_engine.errors import AdapterError, AdapterMismatch, CheckpointError, OutputError
+from ptv2_engine.errors import AdapterError, AdapterMismatch, CheckpointError, ConfigError, OutputError, WeightError
 from ptv2_engine.prompt import PromptBank, PromptConfig
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ def _head_tensors(model: PromptedModel) -> dict[str, Tensor]:
     return {f"base_model.classifier.{w}": t for w, t in classifier.items()}
 
 
+def uses_frozen_pooler(model: PromptedModel) -> bool:
+    return model.task == "sequence-classification" and model.pooler_kind == "frozen"
+
+
 def tensors_of(model: PromptedModel, peft_only: bool = False) -> dict[str, Tensor]:
     """Name -> fp32 CPU tensor of everything the file holds."""
     found = _head_tensors(model)
@@ -90,6 +94,7 @@ def config_of(model: PromptedModel, peft_only: bool = False) -> dict[str, Any]:
     if not peft_only:
         config["ptv2"] = {
             "version": __version__, "backbone": location, "backbone_hash": model.origin.weights_hash, "task": model.task,
+            "pooler_hash": model.origin.pooler_hash if uses_frozen_pooler(model) else "",
             "id2label": model.id2label, "problem_type": model.problem_type, "pooler": model.pooler_kind,
             "shift_positions": model.shift_positions, "prompt": prompt.to_dict(), "tokenizer": location,
         }
@@ -162,17 +167,35 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
         raise AdapterError(f"{folder} is a {config.get('peft_type', 'foreign')} adapter that this package did not write; "
                            "use PromptedModel.from_peft(folder, base).")
     own = config["ptv2"]
-    encoder, origin = load_encoder(own["backbone"] if backbone is None else backbone, dtype=dtype, device=device)
-    if origin.weights_hash != own["backbone_hash"]:
-        raise AdapterMismatch(f"{folder} was trained on {own['backbone']} (weights {own['backbone_hash'][:12]}), but "
-                              f"{origin.location} has other weights ({origin.weights_hash[:12]}); pass backbone= the original one.")
-    prompt = PromptConfig(**own["prompt"] | {"init": "normal"})
-    model = cls(encoder, origin, prompt, task=own["task"], id2label={int(i): n for i, n in own["id2label"].items()},
-                pooler=own["pooler"] if own["task"] == "sequence-classification" else "auto", problem_type=own["problem_type"],
-                shift_positions=own["shift_positions"])
-    model.prompt_config.init = own["prompt"]["init"]
+    try:
+        prompt = PromptConfig(**own["prompt"] | {"init": "normal"})
+        settings = {name: own[name] for name in ("task", "pooler", "problem_type", "shift_positions")}
+        settings["id2label"] = {int(i): name for i, name in own["id2label"].items()}
+        name, hashes, init = own["backbone"], (own["backbone_hash"], own["pooler_hash"]), own["prompt"]["init"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{folder} was saved by version {own.get('version') if isinstance(own, dict) else None} and this is "
+                           f"{__version__}, which cannot read its settings ({error}); use that version.") from error
+    if settings["task"] != "sequence-classification":
+        settings["pooler"] = "auto"
+    encoder, origin = _load_backbone(folder, name, dtype, device) if backbone is None else load_encoder(
+        backbone, dtype=dtype, device=device)
+    for part, theirs, ours in (("weights", hashes[0], origin.weights_hash), ("pooler", hashes[1], origin.pooler_hash)):
+        if theirs and theirs != ours:
+            raise AdapterMismatch(f"{folder} was trained on {name} ({part} {theirs[:12]}), but {origin.location} has other {part} "
+                                  f"({ours[:12] or 'none'}); pass backbone= the original one.")
+    model = cls(encoder, origin, prompt, **settings)
+    model.prompt_config.init = init
     fill(model, tensors, folder)
     return model.eval()
+
+
+def _load_backbone(folder: Path, name: str, dtype: torch.dtype | None, device: str | torch.device) -> tuple[Encoder, Origin]:
+    """The backbone an adapter names, or AdapterError saying how to pass another."""
+    try:
+        return load_encoder(name, dtype=dtype, device=device)
+    except (ConfigError, WeightError) as error:
+        raise AdapterError(f"{folder} was trained on {name}, which cannot be loaded from there; pass backbone= with the folder, "
+                           f"hub id or model that holds it ({error})") from error
 
 
 def fill(model: PromptedModel, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -180,12 +203,13 @@ def fill(model: PromptedModel, tensors: dict[str, Tensor], folder: Path) -> None
     if model.prompt is not None:
         fill_prompt(model.prompt, tensors, folder)
     prefix = "base_model.classifier."
-    if f"{prefix}out_proj.weight" in tensors:
-        _copy(model.head.classifier, tensors, f"{prefix}out_proj.", folder)
-        if getattr(model.head, "dense", None) is not None:
-            _copy(model.head.dense, tensors, f"{prefix}dense.", folder)
-    else:
-        _copy(model.head.classifier, tensors, prefix, folder)
+    split = f"{prefix}out_proj.weight" in tensors
+    _copy(model.head.classifier, tensors, f"{prefix}out_proj." if split else prefix, folder)
+    if getattr(model.head, "dense", None) is not None:
+        if not split:
+            raise AdapterError(f"{folder} relies on the backbone's pretrained pooler, but {model.origin.location} has none; pass the "
+                               "checkpoint with its pooler as the base.")
+        _copy(model.head.dense, tensors, f"{prefix}dense.", folder)
 
 
 def fill_prompt(bank: PromptBank, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ptv2_engine.adapter import TENSORS, fill, read_config, read_tensors
 from ptv2_engine.encoder import load_encoder
-from ptv2_engine.encoder.checkpoints import load_bin
-from ptv2_engine.errors import AdapterError
+from ptv2_engine.encoder.checkpoints import TensorDictionary, load_bin
+from ptv2_engine.encoder.weights import fingerprints
+from ptv2_engine.errors import AdapterError, AdapterMismatch
 from ptv2_engine.prompt import PromptConfig
 
 if TYPE_CHECKING:
@@ -56,11 +57,15 @@ def from_thudm(cls: type[PromptedModel], file: str | Path, base: str | Path | nn
                dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **options: Any) -> PromptedModel:
     """Load prompt and head of a checkpoint of the published P-Tuning v2 code; the backbone comes from `base`.
 
+    Where the checkpoint's frozen pooler is not the base's (the base has none, so it was drawn at random), it becomes the head's
+    dense layer and trains on from there.
+
     Arguments:
         file: its pytorch_model.bin (read with weights_only) or model.safetensors, or the folder of either.
         task: by default sequence classification when the checkpoint has a pooler, else token classification.
     Raises:
-        AdapterError: no prefix or no classifier in it. CheckpointError: corrupt, or an unsafe pickle.
+        AdapterError: no prefix or no classifier in it. AdapterMismatch: the checkpoint holds another backbone than `base`.
+        CheckpointError: corrupt, or an unsafe pickle.
     """
     path = Path(file)
     if path.is_dir():
@@ -76,9 +81,19 @@ def from_thudm(cls: type[PromptedModel], file: str | Path, base: str | Path | nn
     projected = "prefix_encoder.trans.0.weight" in state
     task = task or ("sequence-classification" if any(".pooler." in n for n in state) else "token-classification")
     encoder, origin = load_encoder(base, dtype=dtype, device=device)
+    backbone = TensorDictionary(str(path), origin.config, state)
+    theirs, pooler = fingerprints(backbone)
+    if theirs and theirs != origin.weights_hash:
+        raise AdapterMismatch(f"{path} holds a backbone (weights {theirs[:12]}) that is not {origin.location} "
+                              f"({origin.weights_hash[:12]}); pass the base model it was trained on.")
     prompt = PromptConfig(prompt_length=embedding.shape[0], reparameterization="mlp" if projected else None,
                           reparameterization_hidden=state["prefix_encoder.trans.0.weight"].shape[0] if projected else 512)
-    tensors = {f"base_model.classifier.{w}": state[f"classifier.{w}"] for w in ("weight", "bias")}
+    own_pooler = bool(pooler) and pooler != origin.pooler_hash and task == "sequence-classification"
+    tensors = {f"base_model.classifier.{'out_proj.' * own_pooler}{w}": state[f"classifier.{w}"] for w in ("weight", "bias")}
+    if own_pooler:
+        options = {"pooler": "trained"} | options
+        tensors |= {f"base_model.classifier.dense.{w}": t for w in ("weight", "bias")
+                    for n, t in state.items() if n.endswith(f"pooler.dense.{w}")}
     if projected:
         tensors["ptv2.prompt.embedding"] = embedding[None]
         tensors |= {f"ptv2.prompt.network.{i}.{w}": state[f"prefix_encoder.trans.{i}.{w}"] for i in (0, 2) for w in ("weight", "bias")}

@@ -82,6 +82,9 @@ def classification_loss(logits_RC: Tensor, labels: Tensor, problem_type: str | N
     """
     C = logits_RC.shape[1]
     kind = problem_type or problem_type_of(labels, C)
+    if labels.shape[:1] != logits_RC.shape[:1]:
+        raise LabelError(f"there are {labels.shape[0] if labels.dim() else 1} labels for {logits_RC.shape[0]} rows of logits; "
+                         "pass one label for each sequence, or each token.")
     reduction = "mean" if num_items is None else "sum"
     if kind == "single_label_classification":
         if labels.is_floating_point():
@@ -89,7 +92,7 @@ def classification_loss(logits_RC: Tensor, labels: Tensor, problem_type: str | N
                              "num_labels=1, or integer labels.")
         if labels.device.type == "cpu":
             check_labels(labels, C)
-        loss = F.cross_entropy(logits_RC, labels.view(-1), ignore_index=IGNORE, reduction=reduction)
+        loss = F.cross_entropy(logits_RC, labels.view(-1).long(), ignore_index=IGNORE, reduction=reduction)
     elif kind == "regression":
         loss = F.mse_loss(logits_RC.squeeze(-1) if C == 1 else logits_RC, labels.to(logits_RC.dtype).view(
             -1 if C == 1 else labels.shape[0], *([] if C == 1 else [C])), reduction=reduction)

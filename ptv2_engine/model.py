@@ -5,6 +5,7 @@ The only place where encoder, prompt and head meet. Exactly the prompt's and the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,17 @@ class PromptedModel(nn.Module):
     accepts_loss_kwargs = True           # transformers.Trainer then passes num_items_in_batch
 
     def __init__(self, encoder: Encoder, origin: Origin, prompt: PromptConfig, *, task: str = "sequence-classification",
-                 num_labels: int | None = None, id2label: dict[int, str] | None = None, pooler: str = "auto",
-                 problem_type: str | None = None, shift_positions: bool = True, head_dropout: float | None = None) -> None:
+                 num_labels: int | None = None, id2label: dict[int, str] | None = None, label2id: dict[str, int] | None = None,
+                 pooler: str = "auto", problem_type: str | None = None, shift_positions: bool = True, head_dropout: float | None = None) -> None:
         super().__init__()
         if task not in TASKS:
             known = "is planned but not there yet" if task in LATER else "does not exist"
             raise ConfigError(f"task {task!r} {known}; choose one of {', '.join(TASKS)}.")
-        num_labels = num_labels if num_labels is not None else len(id2label) if id2label else 2
-        if num_labels < 1 or (id2label and len(id2label) != num_labels):
-            raise ConfigError(f"num_labels {num_labels} does not fit {len(id2label or {})} label names; pass one name for each label.")
+        self.id2label = _labels(origin.config, num_labels, id2label, label2id)
+        num_labels = len(self.id2label)
+        prompt = replace(prompt)      # a copy: the caller may build several models from one PromptConfig
         self.encoder, self.origin, self.prompt_config = encoder, origin, prompt
         self.task, self.num_labels, self.problem_type, self.shift_positions = task, num_labels, problem_type, shift_positions
-        self.id2label = {int(i): str(n) for i, n in (id2label or {i: f"LABEL_{i}" for i in range(num_labels)}).items()}
         for parameter in encoder.parameters():
             parameter.requires_grad_(False)
         self.prompt = None if prompt.method == "none" else PromptBank(prompt, encoder.config)
@@ -84,14 +84,19 @@ class PromptedModel(nn.Module):
 
         Arguments:
             source: hub id, local folder, or a transformers model that is already in memory.
-            task: "sequence-classification" or "token-classification". num_labels or id2label: the classes.
+            task: "sequence-classification" or "token-classification".
+            num_labels, id2label, or label2id (an option): the classes; default those of the checkpoint's config, as in
+                transformers.
             prompt: PromptConfig; default 20 rows in every layer. dtype: of the backbone, default the checkpoint's.
-            options: pooler ("auto", "frozen", "trained"), problem_type, shift_positions, head_dropout.
+            options: label2id, pooler ("auto", "frozen", "trained"), problem_type, shift_positions, head_dropout.
+        Returns:
+            The model in evaluation mode, as in transformers: call train() before a loop of your own.
         Raises:
             ConfigError, WeightError, CheckpointError.
         """
         encoder, origin = load_encoder(source, dtype=dtype, device=device)
-        return cls(encoder, origin, prompt or PromptConfig(), task=task, num_labels=num_labels, id2label=id2label, **options)
+        model = cls(encoder, origin, prompt or PromptConfig(), task=task, num_labels=num_labels, id2label=id2label, **options)
+        return model.eval()
 
     @property
     def device(self) -> torch.device:
@@ -117,6 +122,11 @@ class PromptedModel(nn.Module):
     def set_hidden_dropout(self, p: float) -> None:
         """Backbone's hidden dropout, prompt dropout and head dropout at once: the published --hidden_dropout_prob."""
         self.encoder.hidden_dropout = self.prompt_config.prompt_dropout = self.head.dropout.p = p
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Raises ConfigError: layers are not recomputed; what they save for backward is small already."""
+        raise ConfigError("gradient_checkpointing=True is not there yet; leave it off (a frozen layer saves 14 to 16 bytes for each "
+                          "token and hidden unit in bf16 as it is), or use a smaller batch with gradient_accumulation_steps.")
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -163,7 +173,8 @@ class PromptedModel(nn.Module):
             input_ids: [B, S] with attention_mask and token_type_ids [B, S], or packed [T] with seq_lengths [B] (and
                 max_seqlen, an int that spares a read-back from the GPU).
             labels: [B] classes or values, [B, C] multi-label; [B, S] for token classification with -100 ignored.
-            prompt_ids: [B], each sequence's prompt in the bank. seed: int64 tensor [1] that fixes all dropout masks.
+            prompt_ids: [B], each sequence's prompt in the bank. seed: int64 tensor [1] that fixes
+                the deep prompt's and the backbone's dropout masks.
         Returns:
             SequenceClassifierOutput (logits [B, C]) or TokenClassifierOutput (logits [B, S, C], zero where padded); a tuple
             (loss, logits) with return_dict=False.
@@ -224,6 +235,27 @@ class PromptedModel(nn.Module):
         from ptv2_engine.adapter_import import from_thudm
 
         return from_thudm(cls, file, base, **options)
+
+
+def _labels(config: dict[str, Any], num_labels: int | None, id2label: dict[int, str] | None,
+            label2id: dict[str, int] | None) -> dict[int, str]:
+    """transformers' rule: the names given, else the checkpoint's where their number fits, else LABEL_0, LABEL_1, ..."""
+    if id2label is None and label2id is not None:
+        id2label = {i: name for name, i in label2id.items()}
+    names = {int(i): str(name) for i, name in (id2label or {}).items()}
+    own = {int(i): str(name) for i, name in (config.get("id2label") or {}).items()}
+    if not names:
+        count = num_labels if num_labels is not None else len(own) or 2
+        names = own if len(own) == count else {i: f"LABEL_{i}" for i in range(count)}
+    elif num_labels is not None and num_labels != len(names):
+        raise ConfigError(f"num_labels {num_labels} does not fit {len(names)} label names; pass one name for each label.")
+    if not names:
+        raise ConfigError(f"num_labels {num_labels} is below 1; use 1 for regression, 2 or more for classes.")
+    if sorted(names) != list(range(len(names))):
+        raise ConfigError(f"id2label numbers its labels {sorted(names)}, but they must run from 0 to {len(names) - 1} without gaps.")
+    if label2id is not None and {str(name): int(i) for name, i in label2id.items()} != {name: i for i, name in names.items()}:
+        raise ConfigError(f"label2id {label2id} does not match id2label {names}; pass one of the two.")
+    return names
 
 
 def _head_dropout(config: dict[str, Any], encoder: Encoder) -> float:

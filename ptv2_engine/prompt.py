@@ -161,11 +161,16 @@ class PromptBank(nn.Module):
             raise ConfigError(f"init='tokens' cannot be put behind reparameterization={self.config.reparameterization!r}; "
                               "use init='normal', or reparameterization=None.")
         K, P = self.bank.shape[:2]
+        rows = encoder.config.vocab_size
         if self.config.init_tokens:
+            wrong = [i for i in self.config.init_tokens if not 0 <= i < rows]
+            if wrong:
+                raise ConfigError(f"init_tokens holds id {wrong[0]}, but the vocabulary has {rows} entries; use ids of the "
+                                  "backbone's tokenizer.")
             cycled = torch.tensor(self.config.init_tokens)[torch.arange(P) % len(self.config.init_tokens)]
             ids_KP = cycled.expand(K, P)
         else:
-            ids_KP = torch.randint(encoder.config.vocab_size, (K, P))
+            ids_KP = torch.randint(rows, (K, P))
         ids_KP = ids_KP.to(encoder.device)
         if self.config.method == "shallow":
             self.bank.copy_(encoder.embeddings.word[ids_KP])

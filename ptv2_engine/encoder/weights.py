@@ -31,7 +31,8 @@ class Origin(NamedTuple):
 
     location: str
     config: dict[str, Any]      # the checkpoint's config.json
-    weights_hash: str
+    weights_hash: str           # of the encoder without its pooler, which heads of transformers may leave out
+    pooler_hash: str            # empty where there is none
 
 
 def family_of(config: Mapping[str, Any]) -> ModuleType:
@@ -130,8 +131,19 @@ def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = 
         owner, leaf = _owner(encoder, ours)
         tensor = _assemble(checkpoint, [found[n] for n in theirs], getattr(owner, leaf).shape, ours, dtype, device)
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-    used = {short: found[short] for names in table.values() for short in names}
-    return encoder, Origin(checkpoint.location, checkpoint.config, weights_hash(checkpoint, used))
+    return encoder, Origin(checkpoint.location, checkpoint.config, *fingerprints(checkpoint))
+
+
+def fingerprints(checkpoint: Checkpoint) -> tuple[str, str]:
+    """weights_hash of the encoder and of its pooler; empty for a part that the checkpoint does not hold in full."""
+    family = family_of(checkpoint.config)
+    found = _canonical(checkpoint, family)
+    hashes = []
+    for table in (family.names(family.read_config(checkpoint.config)), family.POOLER):
+        shorts = [short for names in table.values() for short in names]
+        complete = bool(shorts) and all(short in found for short in shorts)
+        hashes.append(weights_hash(checkpoint, {short: found[short] for short in shorts}) if complete else "")
+    return hashes[0], hashes[1]
 
 
 def weights_hash(checkpoint: Checkpoint, names: Mapping[str, str]) -> str:
