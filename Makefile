@@ -28,13 +28,13 @@ test: venv                  ## all tests; fails when a backend that this machine
 	$(BIN)/python -m pytest --expect native,interpreter,aot
 
 bench: venv                 ## the benchmarks, peers interleaved call by call; JSON into $(RESULTS)
-	$(BIN)/python -m pytest --benchmark-only --results $(RESULTS) benchmarks
+	$(BIN)/python -m pytest --benchmark-only --results $(RESULTS) benchmarks/bench_*.py
 
 # One call on a machine with a GPU and its own CUDA torch: builds csrc in place, runs the GPU tests, then the benchmarks.
 gpu-check:
 	$(PYTHON) setup.py build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --require-gpu tests
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --require-gpu --benchmark-only --results $(RESULTS) benchmarks
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --require-gpu --benchmark-only --results $(RESULTS) benchmarks/bench_*.py
 
 lint: venv
 	$(BIN)/ruff check .
