@@ -40,6 +40,14 @@ def seed_tensor(seed: int = 0x1234_5678_9ABC_DEF0) -> Tensor:
     return torch.tensor([seed], dtype=torch.int64, device=DEVICE)
 
 
+def assert_same(name: str, one: Tensor, other: Tensor) -> None:
+    """Two compilations of one kernel: the same bits in the interpreter, the same numbers up to the order of a sum on a GPU."""
+    if DEVICE == "cpu":
+        assert torch.equal(one, other), f"{name}: not the same bits"
+    else:
+        assert_error_within(name, one, other, None, 4.0)
+
+
 def check_add_norm(T: int, H: int, dtype: torch.dtype = torch.float32, p: float = 0.0, package: str = KERNELS) -> None:
     """Forward, what is saved, both gradients; save=False saves nothing."""
     module = kernel("add_norm", package)
@@ -51,7 +59,8 @@ def check_add_norm(T: int, H: int, dtype: torch.dtype = torch.float32, p: float 
         y, xhat, rstd = module.add_norm_fwd(x, residual, weight, bias, eps, p, seed, site, True)
         y_only, *empty = module.add_norm_fwd(x, residual, weight, bias, eps, p, seed, site, False)
         dresidual, dx = module.add_norm_bwd(dy, xhat, rstd, weight, p, seed, site)
-    assert torch.equal(y, y_only) and [e.numel() for e in empty] == [0, 0]
+    assert_same("y when nothing is saved", y_only, y)
+    assert [e.numel() for e in empty] == [0, 0]
     assert y.dtype == xhat.dtype == dresidual.dtype == dtype and rstd.dtype == torch.float32 and rstd.shape == (T,)
 
     def reference(precision: torch.dtype) -> list[Tensor]:
@@ -112,7 +121,7 @@ def check_gelu(T: int, F: int, dtype: torch.dtype = torch.float32, approximate: 
         derivative = module.gelu_(h, approximate, True)
         assert module.gelu_(plain, approximate, False).shape == (0,)
         dz = module.gelu_bwd(dh, derivative)
-    assert torch.equal(h, plain)
+    assert_same("h when nothing is saved", plain[z.abs() < 100], h[z.abs() < 100])
 
     def reference(precision: torch.dtype) -> tuple[Tensor, Tensor]:
         leaf = z.to(precision).requires_grad_()
@@ -221,9 +230,11 @@ def check_attention(case: Attention, package: str = KERNELS) -> None:
     only_prefix = run_attention(case, given, package, need_tokens=False)
     only_tokens = run_attention(case, given, package, need_prefix=False)
     assert only_prefix[2].numel() == 0 and only_tokens[3].numel() == only_tokens[4].numel() == 0
-    assert torch.equal(only_tokens[2], dqkv), "dqkv changes when the prefix gradient is not asked for"
+    assert_same("dqkv when the prefix gradient is not asked for", only_tokens[2], dqkv)
     if case.P:
-        assert torch.equal(only_prefix[3], dpk) and torch.equal(only_prefix[4], dpv), "dprefix changes when dqkv is not asked for"
+        for index, full in ((3, dpk), (4, dpv)):
+            # delta of another compilation differs by a rounding, and the gradient is a sum over all queries.
+            assert_same("dprefix when dqkv is not asked for", only_prefix[index].to(case.dtype), full.to(case.dtype))
 
 
 def check_lse(case: Attention, given: dict[str, Any], lse: Tensor) -> None:
