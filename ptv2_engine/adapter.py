@@ -58,8 +58,8 @@ def _head_tensors(model: PromptedModel) -> dict[str, Tensor]:
     dense = getattr(head, "dense", None)
     if model.task == "sequence-classification" and (dense is not None or encoder.config.family != "bert"):
         dense = encoder.pooler if dense is None else dense
-        return {f"base_model.classifier.{n}.{w}": t for n, m in (("dense", dense), ("out_proj", head.classifier))
-                for w, t in (("weight", m.weight), ("bias", m.bias))}
+        return {f"base_model.classifier.{name}.{w}": getattr(linear, w) for w in ("weight", "bias")
+                for name, linear in (("dense", dense), ("out_proj", head.classifier))}
     return {f"base_model.classifier.{w}": t for w, t in classifier.items()}
 
 
@@ -181,8 +181,8 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
         backbone, dtype=dtype, device=device)
     for part, theirs, ours in (("weights", hashes[0], origin.weights_hash), ("pooler", hashes[1], origin.pooler_hash)):
         if theirs and theirs != ours:
-            raise AdapterMismatch(f"{folder} was trained on {name} ({part} {theirs[:12]}), but {origin.location} has other {part} "
-                                  f"({ours[:12] or 'none'}); pass backbone= the original one.")
+            raise AdapterMismatch(f"{folder} was trained on {name} ({part} {theirs[:12]}), but {origin.location} has other "
+                                  f"{part} ({ours[:12] or 'none'}); pass backbone= the original one.")
     model = cls(encoder, origin, prompt, **settings)
     model.prompt_config.init = init
     fill(model, tensors, folder)
@@ -205,11 +205,11 @@ def fill(model: PromptedModel, tensors: dict[str, Tensor], folder: Path) -> None
     prefix = "base_model.classifier."
     split = f"{prefix}out_proj.weight" in tensors
     _copy(model.head.classifier, tensors, f"{prefix}out_proj." if split else prefix, folder)
-    if getattr(model.head, "dense", None) is not None:
+    if isinstance(dense := getattr(model.head, "dense", None), nn.Linear):
         if not split:
-            raise AdapterError(f"{folder} relies on the backbone's pretrained pooler, but {model.origin.location} has none; pass the "
-                               "checkpoint with its pooler as the base.")
-        _copy(model.head.dense, tensors, f"{prefix}dense.", folder)
+            raise AdapterError(f"{folder} relies on the backbone's pretrained pooler, but {model.origin.location} has none; "
+                               "pass the checkpoint with its pooler as the base.")
+        _copy(dense, tensors, f"{prefix}dense.", folder)
 
 
 def fill_prompt(bank: PromptBank, tensors: dict[str, Tensor], folder: Path) -> None:

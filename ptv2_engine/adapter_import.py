@@ -69,7 +69,8 @@ def from_thudm(cls: type[PromptedModel], file: str | Path, base: str | Path | nn
     """
     path = Path(file)
     if path.is_dir():
-        path = next((path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).is_file()), path / "pytorch_model.bin")
+        safe = path / "model.safetensors"
+        path = safe if safe.is_file() else path / "pytorch_model.bin"
     if not path.is_file():
         raise AdapterError(f"{path} does not exist; pass the published code's pytorch_model.bin or its folder.")
     state: dict[str, Tensor] = read_tensors(path)[0] if path.suffix == ".safetensors" else load_bin(path)
@@ -96,7 +97,8 @@ def from_thudm(cls: type[PromptedModel], file: str | Path, base: str | Path | nn
                     for n, t in state.items() if n.endswith(f"pooler.dense.{w}")}
     if projected:
         tensors["ptv2.prompt.embedding"] = embedding[None]
-        tensors |= {f"ptv2.prompt.network.{i}.{w}": state[f"prefix_encoder.trans.{i}.{w}"] for i in (0, 2) for w in ("weight", "bias")}
+        tensors |= {f"ptv2.prompt.network.{i}.{w}": state[f"prefix_encoder.trans.{i}.{w}"]
+                    for i in (0, 2) for w in ("weight", "bias")}
     else:
         _check_width(embedding, encoder.config, path)
         tensors["prompt_embeddings"] = embedding

@@ -8,6 +8,8 @@ Head parameters are fp32 and hidden states are widened to them: C columns cost n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from ptv2_engine.errors import ConfigError, LabelError
 from ptv2_engine.packing import IGNORE
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-_ACTIVATIONS = {"tanh": torch.tanh, "gelu": F.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu}
 
 
 class SequenceClassificationHead(nn.Module):

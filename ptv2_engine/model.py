@@ -30,7 +30,8 @@ class PromptedModel(nn.Module):
 
     def __init__(self, encoder: Encoder, origin: Origin, prompt: PromptConfig, *, task: str = "sequence-classification",
                  num_labels: int | None = None, id2label: dict[int, str] | None = None, label2id: dict[str, int] | None = None,
-                 pooler: str = "auto", problem_type: str | None = None, shift_positions: bool = True, head_dropout: float | None = None) -> None:
+                 pooler: str = "auto", problem_type: str | None = None, shift_positions: bool = True,
+                 head_dropout: float | None = None) -> None:
         super().__init__()
         if task not in TASKS:
             known = "is planned but not there yet" if task in LATER else "does not exist"
@@ -46,7 +47,7 @@ class PromptedModel(nn.Module):
         self.pooler_kind = self._pooler_kind(pooler)
         dropout = _head_dropout(origin.config, encoder) if head_dropout is None else head_dropout
         size, std = encoder.config.hidden_size, encoder.config.initializer_range
-        self.head: nn.Module
+        self.head: SequenceClassificationHead | TokenClassificationHead
         if task == "token-classification":
             self.head = TokenClassificationHead(size, num_labels, dropout, std)
         else:
@@ -61,7 +62,8 @@ class PromptedModel(nn.Module):
         if wanted not in ("auto", "frozen", "trained"):
             raise ConfigError(f"pooler {wanted!r} does not exist; choose 'auto', 'frozen' or 'trained'.")
         if wanted == "frozen" and self.encoder.pooler is None:
-            raise ConfigError(f"pooler='frozen' needs a pretrained pooler, but {self.origin.location} has none; use pooler='trained'.")
+            raise ConfigError(f"pooler='frozen' needs a pretrained pooler, but {self.origin.location} has none; "
+                              "use pooler='trained'.")
         if wanted == "auto":
             return "trained" if self.encoder.pooler is None else "frozen"
         return wanted
@@ -125,8 +127,9 @@ class PromptedModel(nn.Module):
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Raises ConfigError: layers are not recomputed; what they save for backward is small already."""
-        raise ConfigError("gradient_checkpointing=True is not there yet; leave it off (a frozen layer saves 14 to 16 bytes for each "
-                          "token and hidden unit in bf16 as it is), or use a smaller batch with gradient_accumulation_steps.")
+        raise ConfigError("gradient_checkpointing=True is not there yet; leave it off (a frozen layer saves 14 to 16 bytes "
+                          "for each token and hidden unit in bf16 as it is), "
+                          "or use a smaller batch with gradient_accumulation_steps.")
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -193,13 +196,15 @@ class PromptedModel(nn.Module):
             return (logits,) if loss is None else (loss, logits)
         from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
-        return (TokenClassifierOutput if self.task == "token-classification" else SequenceClassifierOutput)(loss=loss, logits=logits)
+        output = TokenClassifierOutput if self.task == "token-classification" else SequenceClassifierOutput
+        return output(loss=loss, logits=logits)
 
     def _packed_labels(self, labels: Tensor | None, batch: PackedBatch) -> Tensor | None:
         if labels is None or labels.dim() == 1:
             return labels
         if labels.shape != batch.shape:
-            raise InputError(f"labels are {tuple(labels.shape)}, but the batch is {batch.shape}; pad them with -100 to one label a token.")
+            raise InputError(f"labels are {tuple(labels.shape)}, but the batch is {batch.shape}; "
+                             "pad them with -100 to one label a token.")
         return labels.flatten()[batch.grid_T]
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
@@ -252,7 +257,8 @@ def _labels(config: dict[str, Any], num_labels: int | None, id2label: dict[int, 
     if not names:
         raise ConfigError(f"num_labels {num_labels} is below 1; use 1 for regression, 2 or more for classes.")
     if sorted(names) != list(range(len(names))):
-        raise ConfigError(f"id2label numbers its labels {sorted(names)}, but they must run from 0 to {len(names) - 1} without gaps.")
+        raise ConfigError(f"id2label numbers its labels {sorted(names)}, but they must run from 0 to {len(names) - 1} "
+                          "without gaps.")
     if label2id is not None and {str(name): int(i) for name, i in label2id.items()} != {name: i for i, name in names.items()}:
         raise ConfigError(f"label2id {label2id} does not match id2label {names}; pass one of the two.")
     return names

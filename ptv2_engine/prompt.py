@@ -115,6 +115,8 @@ class PromptBank(nn.Module):
     once a step (not once a sequence).
     """
 
+    prompt_lengths: Tensor | None
+
     def __init__(self, config: PromptConfig, encoder: EncoderConfig) -> None:
         super().__init__()
         self.config = config

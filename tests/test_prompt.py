@@ -47,7 +47,7 @@ def test_bank_layout_is_the_published_one(encoder):
     bank = PromptBank(PromptConfig(prompt_length=5, num_prompts=2, prompt_layers=[0, 2]), encoder.config)
     assert bank.bank.shape == (2, 5, 2 * 2 * 64) and bank.bank.dtype == torch.float32
     assert {n for n, _ in bank.named_parameters()} == {"bank"}
-    assert abs(float(bank.bank.std()) - 0.02) < 0.002
+    assert abs(bank.bank.detach().std() - 0.02) < 0.002
     prefix = bank.materialise(torch.float32)
     assert prefix.k[1] is None and prefix.v[1] is None and prefix.length == 5
     row = bank.bank[1, 3].view(4, 4, 16)      # K_0 | V_0 | K_2 | V_2, heads of 16
@@ -95,5 +95,8 @@ def test_zero_and_token_initialisation(encoder):
     _, k, v = encoder.layers[0].qkv(x).view(4, 3, 4, 16).unbind(1)
     torch.testing.assert_close(prefix.k[0][0], k)
     torch.testing.assert_close(prefix.v[0][0], v)
+    outside = PromptBank(PromptConfig(init="tokens", init_tokens=[7, 120]), encoder.config)
+    with pytest.raises(ConfigError, match="init_tokens holds id 120, but the vocabulary has 120 entries"):
+        outside.init_from_tokens(encoder)
     with pytest.raises(ConfigError, match="cannot be put behind reparameterization='mlp'"):
         PromptBank(PromptConfig(init="tokens", reparameterization="mlp"), encoder.config).init_from_tokens(encoder)
