@@ -26,7 +26,8 @@ class PackedBatch:
     input_ids_T, position_ids_T: int64 [T]; positions are inside the sequence, from 0, before any offset or shift (-1 marks
     a real token that carries the pad id in a family that does not count those). token_type_ids_T: int64 [T] or None.
     cu_seqlens: int32 [B+1]. max_seqlen: int. prompt_ids: int64 [B] or None. grid_T: int64 [T], the cell of each token in
-    the padded [B * S] grid, with its shape (B, S).
+    the padded [B * S] grid, with its shape (B, S). num_positions: int, no position_ids_T reaches it; more than max_seqlen
+    where masked cells stand before tokens.
     """
 
     input_ids_T: Tensor
@@ -37,6 +38,7 @@ class PackedBatch:
     prompt_ids: Tensor | None
     grid_T: Tensor
     shape: tuple[int, int]
+    num_positions: int
 
     @property
     def num_tokens(self) -> int:
@@ -61,8 +63,9 @@ class PackedBatch:
 
 def _check_ids(name: str, ids: Tensor, dims: int, shape: str) -> None:
     if ids.dim() != dims or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise InputError(f"{name} is {tuple(ids.shape)} {str(ids.dtype).removeprefix('torch.')}, but integer ids of shape {shape} "
-                         "are expected; pass the tokenizer's tensors (return_tensors='pt').")
+        dtype = str(ids.dtype).removeprefix("torch.")
+        raise InputError(f"{name} is {tuple(ids.shape)} {dtype}, but integer ids of shape {shape} are expected; "
+                         "pass the tokenizer's tensors (return_tensors='pt').")
 
 
 def _check_like(name: str, tensor: Tensor | None, ids: Tensor) -> None:
@@ -87,29 +90,33 @@ def pack(input_ids_BS: Tensor, attention_mask_BS: Tensor | None = None, token_ty
     _check_ids("input_ids", input_ids_BS, 2, "[batch, sequence]")
     _check_like("attention_mask", attention_mask_BS, input_ids_BS)
     _check_like("token_type_ids", token_type_ids_BS, input_ids_BS)
+    if token_type_ids_BS is not None:
+        _check_ids("token_type_ids", token_type_ids_BS, 2, "[batch, sequence]")
     B, S = input_ids_BS.shape
     device = input_ids_BS.device
     if attention_mask_BS is None:
         grid_T = torch.arange(B * S, device=device)
         lengths = torch.full((B,), S, dtype=torch.int32, device=device)
-        max_seqlen = S if B else 0
     else:
         if attention_mask_BS.dim() != 2:
             raise InputError(f"attention_mask is {tuple(attention_mask_BS.shape)}, but [batch, sequence] of 0 and 1 is expected.")
         present = attention_mask_BS != 0
         grid_T = present.flatten().nonzero()[:, 0]
         lengths = present.sum(1, dtype=torch.int32)
-        max_seqlen = int(lengths.max()) if B else 0
     if uncounted_id is None:
         positions_T = grid_T % max(S, 1)
     else:
         counted = input_ids_BS != uncounted_id
         positions_T = torch.where(counted, counted.cumsum(1) - 1, -1).flatten()[grid_T]
+    if attention_mask_BS is None or not positions_T.numel():
+        max_seqlen = num_positions = S if positions_T.numel() else 0
+    else:
+        max_seqlen, num_positions = torch.stack((lengths.max().long(), positions_T.max() + 1)).tolist()     # one read-back
     return PackedBatch(
         input_ids_T=input_ids_BS.flatten()[grid_T].long(), position_ids_T=positions_T,
         token_type_ids_T=None if token_type_ids_BS is None else token_type_ids_BS.flatten()[grid_T].long(),
         cu_seqlens=_offsets(lengths), max_seqlen=max_seqlen, prompt_ids=_check_prompt_ids(prompt_ids, B), grid_T=grid_T,
-        shape=(B, S))
+        shape=(B, S), num_positions=num_positions)
 
 
 def from_packed(input_ids_T: Tensor, seq_lengths: Tensor, token_type_ids_T: Tensor | None = None,
@@ -117,17 +124,21 @@ def from_packed(input_ids_T: Tensor, seq_lengths: Tensor, token_type_ids_T: Tens
                 uncounted_id: int | None = None) -> PackedBatch:
     """A batch that comes packed: input_ids_T integer [T], seq_lengths integer [B] with sum T.
 
-    max_seqlen spares the one read-back from a GPU when the caller knows it (PackedCollator does).
+    max_seqlen spares the one read-back from a GPU when the caller knows it (PackedCollator does). Lengths on the host are
+    checked; lengths on a GPU are taken on trust.
+    Raises InputError.
     """
     _check_ids("input_ids", input_ids_T, 1, "[tokens]")
     _check_ids("seq_lengths", seq_lengths, 1, "[batch]")
     _check_like("token_type_ids", token_type_ids_T, input_ids_T)
+    if token_type_ids_T is not None:
+        _check_ids("token_type_ids", token_type_ids_T, 1, "[tokens]")
     T, B, device = input_ids_T.shape[0], seq_lengths.shape[0], input_ids_T.device
-    if seq_lengths.device.type == "cpu" and int(seq_lengths.sum()) != T:
-        raise InputError(f"seq_lengths add up to {int(seq_lengths.sum())}, but there are {T} packed tokens; "
-                         "pass the lengths of exactly these sequences.")
+    if seq_lengths.device.type == "cpu":
+        _check_lengths(seq_lengths, T, max_seqlen)
     if max_seqlen is None:
         max_seqlen = int(seq_lengths.max()) if B else 0
+    seq_lengths = seq_lengths.to(device)
     cu_seqlens = _offsets(seq_lengths.int())
     owner = torch.repeat_interleave(torch.arange(B, device=device), seq_lengths.long(), output_size=T)
     column = torch.arange(T, device=device) - cu_seqlens[:-1].long()[owner]
@@ -139,7 +150,19 @@ def from_packed(input_ids_T: Tensor, seq_lengths: Tensor, token_type_ids_T: Tens
     return PackedBatch(input_ids_T=input_ids_T.long(), position_ids_T=positions_T,
                        token_type_ids_T=None if token_type_ids_T is None else token_type_ids_T.long(), cu_seqlens=cu_seqlens,
                        max_seqlen=max_seqlen, prompt_ids=_check_prompt_ids(prompt_ids, B),
-                       grid_T=owner * max_seqlen + column, shape=(B, max_seqlen))
+                       grid_T=owner * max_seqlen + column, shape=(B, max_seqlen), num_positions=max_seqlen)
+
+
+def _check_lengths(seq_lengths: Tensor, num_tokens: int, max_seqlen: int | None) -> None:
+    lengths = seq_lengths.tolist()
+    if min(lengths, default=0) < 0:
+        raise InputError(f"seq_lengths holds {min(lengths)}, but a length is 0 or more; pass the token count of each sequence.")
+    if sum(lengths) != num_tokens:
+        raise InputError(f"seq_lengths add up to {sum(lengths)}, but there are {num_tokens} packed tokens; "
+                         "pass the lengths of exactly these sequences.")
+    if max_seqlen is not None and max_seqlen < max(lengths, default=0):
+        raise InputError(f"max_seqlen is {max_seqlen}, but a sequence has {max(lengths)} tokens; "
+                         "pass the longest length, or None.")
 
 
 def unpack(x_T: Tensor, batch: PackedBatch, fill: float = 0.0) -> Tensor:
@@ -156,6 +179,8 @@ def _offsets(lengths: Tensor) -> Tensor:
 def _check_prompt_ids(prompt_ids: Tensor | None, num_sequences: int) -> Tensor | None:
     if prompt_ids is not None and prompt_ids.shape != (num_sequences,):
         raise InputError(f"prompt_ids is {tuple(prompt_ids.shape)}, but one id for each of {num_sequences} sequences is needed.")
+    if prompt_ids is not None:
+        _check_ids("prompt_ids", prompt_ids, 1, "[batch]")
     return None if prompt_ids is None else prompt_ids.long()
 
 

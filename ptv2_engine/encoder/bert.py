@@ -19,7 +19,7 @@ def read_config(config: Mapping[str, Any]) -> EncoderConfig:
 
 def names(config: EncoderConfig) -> dict[str, tuple[str, ...]]:
     """Our tensor's name -> the checkpoint's tensors that make it; several are concatenated along dim 0."""
-    table = {
+    table: dict[str, tuple[str, ...]] = {
         "embeddings.word": ("embeddings.word_embeddings.weight",),
         "embeddings.position": ("embeddings.position_embeddings.weight",),
         "embeddings.token_type": ("embeddings.token_type_embeddings.weight",),

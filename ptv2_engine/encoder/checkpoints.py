@@ -82,14 +82,33 @@ def load_bin(file: Path) -> dict[str, Tensor]:
     """torch.load with weights_only: tensors only, no code of the file is run. CheckpointError when that is refused."""
     try:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            return torch.load(file, map_location="cpu", weights_only=True)      # files older than torch 1.6
+            found = torch.load(file, map_location="cpu", weights_only=True)     # files older than torch 1.6
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{file} is corrupt, or holds pickled objects beside tensors, which are never run; "
-                              f"save it again as safetensors ({str(error).splitlines()[0]}).") from error
+                              f"save it again as safetensors ({_first_line(error)}).") from error
+    if not isinstance(found, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items()):
+        raise CheckpointError(f"{file} holds {type(found).__name__} data that is not a plain dictionary of tensors; "
+                              "save the model's state_dict() and nothing else.")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:                                                 # no JSON, or not UTF-8
+        raise CheckpointError(f"{file} is not valid JSON ({_first_line(error)}); download it again.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds a {type(found).__name__}, not a JSON object; download it again.")
+    return found
 
 
 def _merge(files: list[Path]) -> dict[str, Tensor]:
@@ -110,7 +129,7 @@ def _locate(source: str, filename: str) -> Path | None:
         found = cached_file(source, filename, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         raise WeightError(f"{source!r} is neither a local folder nor a hub repository that can be reached "
-                          f"({str(error).splitlines()[0]}); check the spelling or pass a folder.") from error
+                          f"({_first_line(error)}); check the spelling or pass a folder.") from error
     return None if found is None else Path(found)
 
 
@@ -121,7 +140,10 @@ def _files(source: str, filename: str) -> list[Path] | None:
     if (index := _locate(source, f"{filename}.index.json")) is None:
         return None
     shards = []
-    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has no weight_map; download it again.")
+    for name in sorted(set(map(str, weight_map.values()))):
         shard = _locate(source, name)
         if shard is None:
             raise WeightError(f"{source} has {index.name} but not its shard {name}; download it again.")
@@ -138,15 +160,13 @@ def open_checkpoint(source: str | Path | nn.Module) -> Checkpoint:
         config = getattr(source, "config", None)
         if config is None or not hasattr(config, "to_dict"):
             raise ConfigError(f"a {type(source).__name__} has no transformers config; pass a transformers model or a folder.")
-        return TensorDictionary(getattr(config, "_name_or_path", "") or "a model in memory", config.to_dict(), source.state_dict())
+        location = getattr(config, "_name_or_path", "") or "a model in memory"
+        return TensorDictionary(location, config.to_dict(), source.state_dict())
     source = str(source)
     config_file = _locate(source, "config.json")
     if config_file is None:
         raise ConfigError(f"{source!r} has no config.json; pass a folder or hub id of a transformers checkpoint.")
-    try:
-        config = json.loads(config_file.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{config_file} is not valid JSON ({error}); download it again.") from error
+    config = _read_json(config_file)
     if (files := _files(source, SAFETENSORS)) is not None:
         return SafetensorsFiles(source, config, files)
     if (files := _files(source, BIN)) is not None:

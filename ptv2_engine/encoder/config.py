@@ -9,6 +9,8 @@ from typing import Any
 from ptv2_engine.errors import ConfigError, SequenceTooLong
 
 _ACTIVATIONS = {"gelu": "none", "gelu_python": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
+          "type_vocab_size")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ def read_common(config: Mapping[str, Any], family: str, *, position_offset: int,
     for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
         if config.get(name):
             refuse(name, config[name], "bidirectional encoders")
+    for name in _SIZES:
+        if not isinstance(config.get(name), int) or config[name] < 1:
+            refuse(name, config.get(name), "sizes of 1 or more")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if hidden % heads:
         refuse("num_attention_heads", heads, f"head counts that divide hidden_size {hidden}")

@@ -17,5 +17,6 @@ names = bert.names
 
 
 def read_config(config: Mapping[str, Any]) -> EncoderConfig:
-    pad = config.get("pad_token_id", 1)
-    return read_common(config, config.get("model_type", "roberta"), position_offset=pad + 1, counts_pads=False)
+    pad = 1 if config.get("pad_token_id") is None else config["pad_token_id"]
+    return read_common({**config, "pad_token_id": pad}, config.get("model_type", "roberta"), position_offset=pad + 1,
+                       counts_pads=False)

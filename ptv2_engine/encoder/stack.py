@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ptv2_engine.encoder.config import EncoderConfig
 from ptv2_engine.encoder.embeddings import Embeddings, insert_rows
 from ptv2_engine.encoder.layer import SITES, EncoderLayer, Prefix, Step, frozen_linear_of
+from ptv2_engine.errors import InputError
 from ptv2_engine.ops import FrozenLinear
 from ptv2_engine.packing import PackedBatch, from_packed
 
@@ -78,9 +79,10 @@ class Encoder(nn.Module):
         length = prefix.length if prefix is not None else 0 if input_prompt_KPE is None else input_prompt_KPE.shape[1]
         lengths = prefix.prompt_lengths if prefix is not None else prompt_lengths
         shifts = shift_positions or input_prompt_KPE is not None
-        self.config.check_length(batch.max_seqlen, length, shifts)
+        self.config.check_length(batch.num_positions, length, shifts)
         if batch.input_ids_T.device.type == "cpu":
             self.embeddings.validate(batch)
+            _check_prompts(batch, prefix, input_prompt_KPE, length, lengths)
         hidden, attention = (self.hidden_dropout, self.attention_dropout) if self.training else (0.0, 0.0)
         prefix_dropout = prefix.dropout_p if prefix is not None and self.training else 0.0
         if seed is None and max(hidden, attention, prefix_dropout) > 0:
@@ -90,8 +92,8 @@ class Encoder(nn.Module):
                                SITES * len(self.layers))
         cu_seqlens, max_seqlen, token_rows = batch.cu_seqlens, batch.max_seqlen, None
         if input_prompt_KPE is not None:
-            rows = self.embeddings.prompt_rows(input_prompt_KPE.to(self.dtype))
-            x_TH, cu_seqlens, token_rows, max_seqlen = insert_rows(x_TH, batch, rows, prompt_lengths, hidden)
+            prompt_KPH = self.embeddings.prompt_rows(input_prompt_KPE.to(self.dtype))
+            x_TH, cu_seqlens, token_rows, max_seqlen = insert_rows(x_TH, batch, prompt_KPH, prompt_lengths, hidden)
         step = Step(cu_seqlens, max_seqlen, batch.prompt_ids, None if prefix is None else prefix.prompt_lengths, prefix_dropout,
                     hidden, attention, seed)
         if first_tokens_only and not batch.num_tokens:
@@ -118,6 +120,7 @@ class Encoder(nn.Module):
         x_TH = self.embeddings(batch, 0, 0.0, None, 0)
         found = []
         for layer in self.layers:
+            assert isinstance(layer, EncoderLayer)
             found.append(layer.qkv(x_TH).float().unflatten(1, (3, -1))[:, 1:].transpose(0, 1))
             x_TH = layer(x_TH, step, None, None)
         return torch.stack(found)
@@ -126,3 +129,17 @@ class Encoder(nn.Module):
         """The pretrained, frozen pooler: tanh(x W + b)."""
         assert self.pooler is not None, "this checkpoint has no pooler"
         return torch.tanh(self.pooler(first_BH))
+
+
+def _check_prompts(batch: PackedBatch, prefix: Prefix | None, input_prompt_KPE: Tensor | None, length: int,
+                   prompt_lengths: Tensor | None) -> None:
+    """Raises InputError for prompt ids or lengths outside the bank. Reads them, so the stack calls it on the CPU only."""
+    bank = input_prompt_KPE if prefix is None else next((k for k in prefix.k if k is not None), None)
+    if bank is None:
+        return
+    for name, values, limit, way in (
+            ("prompt id", batch.prompt_ids, bank.shape[0], f"the bank holds {bank.shape[0]} prompts, numbered from 0"),
+            ("prompt length", prompt_lengths, length + 1, f"the bank holds {length} rows a prompt")):
+        if values is not None and values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
+            wrong = int(values.min()) if int(values.min()) < 0 else int(values.max())
+            raise InputError(f"{name} {wrong} is outside 0..{limit - 1}; {way}.")
