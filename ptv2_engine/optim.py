@@ -25,7 +25,8 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0, head_lr: float
 def adamw(model: nn.Module, lr: float, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
           weight_decay: float = 0.0, head_lr: float | None = None) -> AdamW:
     """torch's fused AdamW (one kernel for all parameters) over prompt and head; no weight decay by default, as published."""
-    return AdamW(parameter_groups(model, weight_decay, head_lr), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    groups = parameter_groups(model, weight_decay, head_lr)
+    return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -114,7 +114,8 @@ def test_a_peft_folder_loads_here(family, task, tmp_path):
 
 
 @pytest.mark.parametrize("prompt, options", [
-    (PromptConfig(5), {}), (PromptConfig(5, prompt_layers=[1]), {}), (PromptConfig(4, reparameterization="mlp", reparameterization_hidden=16), {}),
+    (PromptConfig(5), {}), (PromptConfig(5, prompt_layers=[1]), {}),
+    (PromptConfig(4, reparameterization="mlp", reparameterization_hidden=16), {}),
     (PromptConfig(4, reparameterization="lstm", reparameterization_hidden=16), {"shift_positions": False}),
     (PromptConfig(4, method="shallow"), {}), (PromptConfig(method="none"), {"pooler": "trained"}),
     (PromptConfig(6, num_prompts=2, prompt_lengths=[6, 3]), {"problem_type": "multi_label_classification"}),
@@ -125,7 +126,8 @@ def test_everything_trained_comes_back(prompt, options, tmp_path):
     back = PromptedModel.from_adapter(tmp_path, backbone=base)
     assert_same_logits(back, ours, batch, 1e-7)
     assert back.id2label == {0: "a", 1: "b", 2: "c"} and back.problem_type == ours.problem_type
-    assert {n: p.tolist() for n, p in back.trained_parameters().items()} == {n: p.tolist() for n, p in ours.trained_parameters().items()}
+    theirs, mine = ({n: p.tolist() for n, p in m.trained_parameters().items()} for m in (back, ours))
+    assert theirs == mine
 
 
 def test_the_file_holds_exactly_prompt_and_head(tmp_path):
@@ -209,7 +211,8 @@ def test_a_published_checkpoint_of_another_backbone_is_refused(tmp_path):
 def test_another_backbone_is_refused(tmp_path):
     _, ours, _ = make()
     ours.save_pretrained(tmp_path)
-    with pytest.raises(AdapterMismatch, match=r"was trained on .* \(weights [0-9a-f]{12}\), but .* has other weights .* pass backbone="):
+    words = r"was trained on .* \(weights [0-9a-f]{12}\), but .* has other weights .* pass backbone="
+    with pytest.raises(AdapterMismatch, match=words):
         PromptedModel.from_adapter(tmp_path, backbone=tiny_model("bert", seed=1))
 
 
@@ -290,9 +293,9 @@ def test_other_programs_files_say_what_they_lack(tmp_path):
     with pytest.raises(AdapterError, match="lacks prefix_encoder.embedding.weight; it is not a checkpoint of P-Tuning v2"):
         PromptedModel.from_thudm(tmp_path, base)
     ours.save_peft(tmp_path)
-    with pytest.raises(AdapterError, match=r"is a PREFIX_TUNING adapter that this package did not write; use PromptedModel.from_peft"):
+    with pytest.raises(AdapterError, match="is a PREFIX_TUNING adapter that this package did not write; use .*from_peft"):
         PromptedModel.from_adapter(tmp_path, backbone=base)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LORA"}))
-    with pytest.raises(AdapterError, match="is a LORA adapter for SEQ_CLS; PREFIX_TUNING for SEQ_CLS or TOKEN_CLS can be imported"):
+    with pytest.raises(AdapterError, match="is a LORA adapter for SEQ_CLS; PREFIX_TUNING for SEQ_CLS or TOKEN_CLS can be"):
         PromptedModel.from_peft(tmp_path, base)

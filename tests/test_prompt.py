@@ -18,7 +18,8 @@ def encoder():
 
 
 @pytest.mark.parametrize("spec, layers", [
-    ("all", [0, 1, 2, 3]), (2, [2, 3]), (range(1, 3), [1, 2]), ([3, 0], [0, 3]), ("2-3", [1, 2]), ("1,3-4", [0, 2, 3]), ("1", [3])])
+    ("all", [0, 1, 2, 3]), (2, [2, 3]), (range(1, 3), [1, 2]), ([3, 0], [0, 3]),
+    ("2-3", [1, 2]), ("1,3-4", [0, 2, 3]), ("1", [3])])
 def test_prompt_layers(spec, layers):
     assert PromptConfig(prompt_layers=spec).layers(4) == layers
 
@@ -28,7 +29,8 @@ def test_prompt_layers(spec, layers):
     ({"reparameterization": "cnn"}, "reparameterization 'cnn' does not exist"),
     ({"prompt_length": 0}, "prompt_length 0 is below 1; use method='none'"),
     ({"prompt_dropout": 1.0}, r"prompt_dropout 1.0 is outside \[0, 1\)"),
-    ({"num_prompts": 2, "prompt_lengths": [3]}, r"prompt_lengths \[3\] must hold num_prompts = 2 values from 1 to prompt_length = 20"),
+    ({"num_prompts": 2, "prompt_lengths": [3]},
+     r"prompt_lengths \[3\] must hold num_prompts = 2 values from 1 to prompt_length = 20"),
 ])
 def test_bad_settings(change, words):
     with pytest.raises(ConfigError, match=words):
@@ -68,8 +70,8 @@ def test_materialise_casts_once_and_its_gradient_comes_back(encoder):
 @pytest.mark.parametrize("kind", ["mlp", "lstm"])
 @pytest.mark.parametrize("method", ["deep", "shallow"])
 def test_reparameterization_is_evaluated_once_and_trains(encoder, kind, method):
-    bank = PromptBank(PromptConfig(prompt_length=4, reparameterization=kind, reparameterization_hidden=32, method=method, num_prompts=2),
-                      encoder.config)
+    config = PromptConfig(prompt_length=4, reparameterization=kind, reparameterization_hidden=32, method=method, num_prompts=2)
+    bank = PromptBank(config, encoder.config)
     calls = []
     bank.network.register_forward_hook(lambda *_: calls.append(1))
     rows = bank.rows()
