@@ -25,6 +25,15 @@ def test_pack_then_unpack_gives_the_tokens_back(mask):
     assert torch.equal(batch.position_ids_T, torch.arange(mask.shape[1]).expand_as(mask)[mask.bool()])
 
 
+@given(masks, st.booleans(), st.integers(0, 2**31))
+def test_num_positions_is_the_first_row_no_token_takes(mask, counts_pads, seed):
+    mask = torch.tensor(mask)
+    ids = torch.randint(0, 4, mask.shape, generator=torch.Generator().manual_seed(seed))
+    batch = pack(ids, mask, uncounted_id=None if counts_pads else 1)
+    assert batch.num_positions == max(batch.position_ids_T.tolist(), default=-1) + 1
+    assert batch.max_seqlen == int(mask.sum(1).max())
+
+
 @given(masks)
 def test_positions_that_count_tokens_follow_transformers_roberta(mask):
     from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
@@ -67,6 +76,9 @@ def test_unpack_passes_gradients():
     ((torch.ones(3, dtype=torch.long),), r"input_ids is \(3,\) int64"),
     ((torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4)), r"attention_mask is \(2, 4\), but input_ids is \(2, 3\)"),
     ((torch.ones(2, 3, dtype=torch.long), None, torch.ones(2, 2, dtype=torch.long)), "token_type_ids"),
+    ((torch.ones(2, 3, dtype=torch.long), None, torch.ones(2, 3)), r"token_type_ids is \(2, 3\) float32, but integer ids"),
+    ((torch.ones(2, 3, dtype=torch.long), None, None, torch.ones(2)), r"prompt_ids is \(2,\) float32, but integer ids"),
+    ((torch.ones(2, 3, dtype=torch.bool),), r"input_ids is \(2, 3\) bool"),
 ])
 def test_bad_inputs(arguments, words):
     with pytest.raises(InputError, match=words):
@@ -76,6 +88,10 @@ def test_bad_inputs(arguments, words):
 def test_lengths_that_do_not_add_up():
     with pytest.raises(InputError, match="seq_lengths add up to 4, but there are 5 packed tokens"):
         from_packed(torch.ones(5, dtype=torch.long), torch.tensor([1, 3]))
+    with pytest.raises(InputError, match="seq_lengths holds -1, but a length is 0 or more"):
+        from_packed(torch.ones(5, dtype=torch.long), torch.tensor([6, -1]))
+    with pytest.raises(InputError, match="max_seqlen is 2, but a sequence has 4 tokens"):
+        from_packed(torch.ones(5, dtype=torch.long), torch.tensor([4, 1]), max_seqlen=2)
     with pytest.raises(InputError, match="one id for each of 2 sequences"):
         from_packed(torch.ones(4, dtype=torch.long), torch.tensor([1, 3]), prompt_ids=torch.tensor([0]))
 

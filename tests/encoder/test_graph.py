@@ -15,8 +15,8 @@ L, H, N, D, T = 4, 64, 4, 16, 200
 
 
 def make(dtype=torch.bfloat16, **config):
-    encoder = Encoder.from_pretrained(tiny_model("bert", num_hidden_layers=L, intermediate_size=4 * H, max_position_embeddings=128,
-                                                 **config), dtype=dtype)
+    model = tiny_model("bert", num_hidden_layers=L, intermediate_size=4 * H, max_position_embeddings=128, **config)
+    encoder = Encoder.from_pretrained(model, dtype=dtype)
     batch = from_packed(torch.randint(5, 120, (T,)), torch.tensor([100, 60, 40]))
     return encoder, batch
 
@@ -25,8 +25,8 @@ def prefix_for(layers, dtype=torch.bfloat16, P=5, grad=True, dropout_p=0.0):
     def part():
         return torch.randn(1, P, N, D).to(dtype).requires_grad_(grad)
 
-    return Prefix([part() if i in layers else None for i in range(L)], [part() if i in layers else None for i in range(L)], P, None,
-                  dropout_p)
+    k, v = ([part() if i in layers else None for i in range(L)] for _ in "kv")
+    return Prefix(k, v, P, None, dropout_p)
 
 
 def saved_bytes(encoder, batch, prefix) -> int:

@@ -35,7 +35,8 @@ def both(family: str, prompt_length: int, dtype: torch.dtype = torch.float32, se
 
 
 def packed(encoder: Encoder, batch):
-    return pack(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"), uncounted_id=encoder.config.uncounted_id)
+    return pack(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"),
+                uncounted_id=encoder.config.uncounted_id)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -120,7 +121,8 @@ def test_prompts_of_different_length_in_one_batch_equal_each_alone():
     ids = torch.tensor([0, 1, 1, 0])
     together = encoder(packed(encoder, batch).with_prompt_ids(ids), bank)
     for prompt, length, sign in ((0, 6, 1), (1, 3, -1)):
-        alone = Prefix([(2 * k if prompt else k)[:, :length] for k in p.k], [(sign * v)[:, :length] for v in p.v], length, None, 0.0)
+        k, v = [(2 * k if prompt else k)[:, :length] for k in p.k], [(sign * v)[:, :length] for v in p.v]
+        alone = Prefix(k, v, length, None, 0.0)
         x = encoder(packed(encoder, batch), alone)
         owner = packed(encoder, batch).sequence_of_token()
         mine = ids[owner] == prompt
@@ -138,13 +140,18 @@ def test_the_real_minilm_equals_transformers():
     encoder = Encoder.from_pretrained(folder).eval()
     batch = padded_batch([33, 60, 5], vocab_size=30000, types=True)
     rows = torch.randn(10, 2 * 6 * 384) * 0.5
-    theirs = with_prefix(model, rows, batch)
-    c = encoder.config
-    parts = rows.view(10, 6, 2, c.num_heads, c.head_dim).permute(1, 2, 0, 3, 4)[:, :, None]
-    prefix = Prefix(list(parts[:, 0]), list(parts[:, 1]), 10, None, 0.0)
-    ours = encoder(packed(encoder, batch), prefix)
+    ours_rows, their_rows = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    theirs = with_prefix(model, their_rows, batch)
+    ours = encoder(packed(encoder, batch), split_prefix(ours_rows, encoder))
     expected = theirs.last_hidden_state[batch["attention_mask"].bool()]
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+    first = encoder(packed(encoder, batch), split_prefix(rows, encoder), first_tokens_only=True)
+    assert (encoder.pool(first) - theirs.pooler_output).abs().max() <= 1e-5 * theirs.pooler_output.abs().max()
+    weights = torch.randn_like(expected)
+    (ours * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for layer, (a, b) in enumerate(zip(*(r.grad.view(10, 6, 768).unbind(1) for r in (ours_rows, their_rows)), strict=True)):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max(), f"layer {layer}"
 
 
 def test_empty_and_single_token_sequences():

@@ -99,7 +99,8 @@ def test_old_layer_norm_names(model, folder):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda t: t.pop("bert.encoder.layer.1.attention.self.key.weight"), "lacks weight encoder.layer.1.attention.self.key.weight;"),
+    (lambda t: t.pop("bert.encoder.layer.1.attention.self.key.weight"),
+     "lacks weight encoder.layer.1.attention.self.key.weight;"),
     (lambda t: t.update({"bert.encoder.layer.0.adapter.weight": torch.ones(2)}),
      "has the unknown weight encoder.layer.0.adapter.weight;"),
     (lambda t: t.update({"bert.encoder.layer.2.output.dense.bias": torch.ones(5)}),
