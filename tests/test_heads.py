@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from ptv2_engine.errors import ConfigError, LabelError
-from ptv2_engine.heads import classification_loss
-from ptv2_engine.testing import tiny_model
+from ptv2_engine.heads import SequenceClassificationHead, TokenClassificationHead, classification_loss
+from ptv2_engine.testing import tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("labels, num_labels, problem", [
@@ -41,3 +42,30 @@ def test_accumulated_batches_add_up_to_the_large_one():
 def test_labels_that_do_not_fit(labels, kind, error, words):
     with pytest.raises(error, match=words):
         classification_loss(torch.randn(2, 3), labels, kind)
+
+
+@pytest.mark.parametrize("family, kind, activation", [("roberta", "Roberta", "tanh"), ("electra", "Electra", "gelu")])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_trained_head_equals_transformers_dropout_included(family, kind, activation, training):
+    module = getattr(transformers.models, family)
+    theirs = getattr(getattr(module, f"modeling_{family}"), f"{kind}ClassificationHead")(tiny_config(family, num_labels=3))
+    ours = SequenceClassificationHead(64, 3, dropout=0.1, std=0.2, activation=activation)
+    ours.dense.load_state_dict(theirs.dense.state_dict())
+    ours.classifier.load_state_dict(theirs.out_proj.state_dict())
+    x_BH, outs = torch.randn(6, 64), []
+    for head, x in ((ours, x_BH), (theirs, x_BH[:, None])):
+        torch.manual_seed(5)      # the same generator, so the same masks
+        outs.append(head.train(training)(x))
+    torch.testing.assert_close(*outs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [SequenceClassificationHead, TokenClassificationHead])
+def test_heads_are_initialised_as_published_and_widen_bf16(make):
+    head = make(256, 40, dropout=0.5, std=0.02).eval()
+    assert set(dict(head.named_parameters())) == {"classifier.weight", "classifier.bias"}
+    assert abs(head.classifier.weight.detach().std() - 0.02) < 1e-3 and not head.classifier.bias.any()
+    x_RH = torch.randn(3, 256).bfloat16()
+    logits = head(x_RH)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, head.classifier(x_RH.float()))
+    assert (head.train()(torch.ones(3, 256)) - head.eval()(torch.ones(3, 256))).abs().max() > 1e-3
