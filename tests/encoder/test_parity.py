@@ -104,6 +104,17 @@ def test_any_mask_pattern_equals_transformers(family):
     assert (ours[~keep] == 0).all()
 
 
+@pytest.mark.parametrize("prompt_length", [0, 5])
+def test_tokens_that_carry_the_pad_id_keep_the_pad_position(prompt_length):
+    """RoBERTa numbers positions by id, not by mask: a visible pad token stays at row pad_id, unshifted, and is not counted."""
+    model, encoder, batch, rows = both("roberta", prompt_length)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    batch["input_ids"][0, 3] = model.config.pad_token_id
+    theirs = (with_prefix(model, rows, batch) if prompt_length else model(**batch)).last_hidden_state.flatten(0, 1)
+    ours = encoder(packed(encoder, batch), split_prefix(rows, encoder) if prompt_length else None)
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 def test_positions_shift_only_when_asked():
     model, encoder, batch, rows = both("bert", 5)
     one = encoder(packed(encoder, batch), split_prefix(rows, encoder), shift_positions=False)
