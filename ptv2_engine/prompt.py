@@ -30,10 +30,12 @@ class PromptConfig:
         such as "17-24" that counts layers from 1 as the paper does.
     reparameterization: None, "mlp" (Linear, tanh, Linear, as P-Tuning v2) or "lstm" (two-layer BiLSTM and MLP, as P-tuning
         v1) between a small embedding and the prompt; reparameterization_hidden is its width.
-    prompt_dropout: on the prefix's elements in training, drawn for each sequence, as published.
+    prompt_dropout: on the prefix's elements in training, drawn for each sequence, as published. Rows of a shallow prompt get the
+        backbone's hidden dropout like any input embedding instead.
     init: "normal" (std init_std), "zero", "tokens" (keys and values, or input embeddings, of init_tokens, or of random
         vocabulary entries), or the path of a saved adapter.
     method: "deep" (P-Tuning v2), "shallow" (prompt tuning; with a reparameterization, P-tuning v1), "none" (head only).
+        Pooling stays on the first token ([CLS]), also behind a shallow prompt.
     num_prompts: K; prompt_lengths: rows in use of each, default all P.
     """
 
