@@ -1,4 +1,4 @@
-"""The row ops: add_norm, linear_gelu's elementwise part, embedding; and frozen_linear. Against stock PyTorch with frozen weights."""
+"""The row ops: add_norm, linear_gelu's elementwise part, embedding; and frozen_linear. Against stock PyTorch, weights frozen."""
 
 from __future__ import annotations
 
@@ -31,8 +31,12 @@ def test_add_norm(compare, device, dtype, dropout):
     stock = lambda: F.layer_norm(F.dropout(x, dropout) + residual, (H,), weight, bias)
     ours = lambda: ops.add_norm(x, residual, weight, bias, 1e-5, dropout_p=dropout, seed=seed)
     passes = 4 + 3 + (dropout > 0)
-    compare(f"add_norm forward+backward  T={T} H={H} p={dropout} {short(dtype)} {device}",
-            {"ptv2": lambda: ours().backward(dy), "torch": lambda: stock().backward(dy)}, rounds=20, bytes=passes * T * H * dtype.itemsize)
+    compare(
+        f"add_norm forward+backward  T={T} H={H} p={dropout} {short(dtype)} {device}",
+        {"ptv2": lambda: ours().backward(dy), "torch": lambda: stock().backward(dy)},
+        rounds=20,
+        bytes=passes * T * H * dtype.itemsize,
+    )
 
 
 @pytest.mark.parametrize("device, dtype", devices())

@@ -72,9 +72,12 @@ def stepper(model, parameters, optimizer, inputs, autocast=None):
 def bare_products(inputs, dtype):
     """The matrix products of our step and nothing else: forward and dX, weights packed, the shapes the engine really runs."""
     weights = {}
-    for name, (O, I) in {"qkv": (2304, 768), "out": (768, 768), "up": (3072, 768), "down": (768, 3072)}.items():
-        w = torch.randn(O, I, dtype=dtype)
-        weights[name] = (torch.ops.mkldnn._reorder_linear_weight(w, 2048), torch.ops.mkldnn._reorder_linear_weight(w.t().contiguous(), 2048))
+    for name, (rows_out, rows_in) in {"qkv": (2304, 768), "out": (768, 768), "up": (3072, 768), "down": (768, 3072)}.items():
+        w = torch.randn(rows_out, rows_in, dtype=dtype)
+        weights[name] = (
+            torch.ops.mkldnn._reorder_linear_weight(w, 2048),
+            torch.ops.mkldnn._reorder_linear_weight(w.t().contiguous(), 2048),
+        )
     state = {"next": 0}
     linear = torch.ops.mkldnn._linear_pointwise
     buffers = {}
@@ -135,7 +138,9 @@ def check_losses(ours, peft, batch, tolerance):
 def test_gpu_step(compare, data):
     base = bert_base()
     inputs = list(batches(data, 8, "cuda"))
-    ours = PromptedModel.from_pretrained(base, num_labels=2, prompt=PromptConfig(PROMPT), dtype=torch.bfloat16, device="cuda").train()
+    ours = PromptedModel.from_pretrained(
+        base, num_labels=2, prompt=PromptConfig(PROMPT), dtype=torch.bfloat16, device="cuda"
+    ).train()
     peft = peft_model(base, "cuda").train()
     check_losses(ours, peft, inputs[0], 2e-2)
     trained = [p for p in peft.parameters() if p.requires_grad]
@@ -144,7 +149,18 @@ def test_gpu_step(compare, data):
     step = stepper(ours, list(ours.trained_parameters().values()), adamw(ours, 1e-3), [p for p, _ in inputs])
     step()
     memory = torch.cuda.max_memory_allocated()
-    compare(f"train step  BERT-base B=32 P=20 {data} bf16", {
-        "ptv2": step,
-        "PEFT padded bf16 autocast": stepper(peft, trained, torch.optim.AdamW(trained, 1e-3, fused=True), [p for _, p in inputs], autocast=True),
-    }, rounds=24, warmup=8, tokens=tokens, peak_memory_bytes=memory, batch=BATCH, prompt_length=PROMPT)
+    compare(
+        f"train step  BERT-base B=32 P=20 {data} bf16",
+        {
+            "ptv2": step,
+            "PEFT padded bf16 autocast": stepper(
+                peft, trained, torch.optim.AdamW(trained, 1e-3, fused=True), [p for _, p in inputs], autocast=True
+            ),
+        },
+        rounds=24,
+        warmup=8,
+        tokens=tokens,
+        peak_memory_bytes=memory,
+        batch=BATCH,
+        prompt_length=PROMPT,
+    )

@@ -1,4 +1,4 @@
-"""How benchmarks measure: peers interleaved call by call, an A/A row in every table, one JSON line a case that can be read in a year.
+"""How benchmarks measure: peers interleaved call by call, an A/A row in every table, one JSON row a case.
 
 pytest-benchmark runs the cases and keeps its own statistics of our side; ratios come from `side_by_side`, because one after
 the other even the same function against itself comes out up to 1.3 apart.
@@ -80,7 +80,8 @@ def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dict[str, dict[str, float]]]:
-    """compare(case, {"ptv2": f, "peer": g}, **facts): interleave, print one line, keep the row, and let pytest-benchmark run ours."""
+    """compare(case, {"ptv2": f, "peer": g}, **facts): interleave, print a line, keep the row, let pytest-benchmark run ours."""
+
     def run(case: str, functions: dict[str, Callable[[], Any]], rounds: int = 10, warmup: int = 2,
             **facts: Any) -> dict[str, dict[str, float]]:
         rounds = request.config.getoption("--rounds") or rounds
@@ -109,8 +110,10 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dic
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-                 platform.machine())
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
+        platform.machine(),
+    )
     return f"{model}-{torch.get_num_threads()}threads".lower().replace(" ", "-")
 
 

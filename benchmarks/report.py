@@ -18,8 +18,14 @@ def table(record: dict[str, Any]) -> str:
         ours_name, ours = next(iter(times.items()))
         same = times.pop("A/A")["times_ours"]
         peers = ", ".join(f"{name} {v['times_ours']:.2f}x" for name, v in times.items() if name != ours_name)
-        extra = next((f", {row[k]:.0f} {unit}" for k, unit in (("tokens_per_s", "tokens/s"), ("gb_per_s", "GB/s"), ("gflop_per_s", "GFLOP/s"))
-                      if k in row), "")
+        extra = next(
+            (
+                f", {row[k]:.0f} {unit}"
+                for k, unit in (("tokens_per_s", "tokens/s"), ("gb_per_s", "GB/s"), ("gflop_per_s", "GFLOP/s"))
+                if k in row
+            ),
+            "",
+        )
         lines.append(f"| {row['case']} | {1000 * ours['median_s']:.2f} ms{extra} | {peers} | {same:.2f} |")
     return "\n".join(lines)
 

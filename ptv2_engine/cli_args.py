@@ -20,8 +20,14 @@ DEFAULTS = {"output_dir": "runs/ptv2", "learning_rate": "5e-3", "per_device_trai
             "eval_strategy": "epoch", "save_strategy": "no", "disable_tqdm": "True"}
 
 # the published scripts' flags (and transformers 4's) -> ours
-ALIASES = {"pre_seq_len": "prompt_length", "prefix_hidden_size": "reparameterization_hidden", "evaluation_strategy": "eval_strategy",
-           "reparam": "reparameterization", "depth": "prompt_layers", "backbone": "model_name_or_path"}
+ALIASES = {
+    "pre_seq_len": "prompt_length",
+    "prefix_hidden_size": "reparameterization_hidden",
+    "evaluation_strategy": "eval_strategy",
+    "reparam": "reparameterization",
+    "depth": "prompt_layers",
+    "backbone": "model_name_or_path",
+}
 SWITCHES = {"prefix": ("method", "deep"), "prompt": ("method", "shallow"), "prefix_projection": ("reparameterization", "mlp")}
 # flags of the published scripts that have no effect here, and whether a value follows
 IGNORED = {"overwrite_output_dir", "overwrite_cache", "use_fast_tokenizer", "pad_to_max_length", "do_train", "use_auth_token",
@@ -34,7 +40,9 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "hub id or local folder of the frozen backbone"})
     tokenizer_name: str | None = field(default=None, metadata={"help": "default: the backbone's"})
-    dtype: str | None = field(default=None, metadata={"help": "float32 or bfloat16; default: the checkpoint's (--bf16 also casts)"})
+    dtype: str | None = field(
+        default=None, metadata={"help": "float32 or bfloat16; default: the checkpoint's (--bf16 also casts)"}
+    )
     pooler: str = field(default="auto", metadata={"help": "frozen (pretrained), trained, or auto"})
     shift_positions: bool = field(default=True, metadata={"help": "tokens take the positions behind the prompt, as published"})
     hidden_dropout_prob: float | None = field(default=None, metadata={
@@ -45,7 +53,9 @@ class ModelArguments:
 class DataArguments:
     """Your own files, or a published data set by name."""
 
-    train_file: str | None = field(default=None, metadata={"help": "csv, tsv, json, jsonl, parquet or CoNLL columns (txt, conll)"})
+    train_file: str | None = field(
+        default=None, metadata={"help": "csv, tsv, json, jsonl, parquet or CoNLL columns (txt, conll)"}
+    )
     validation_file: str | None = None
     test_file: str | None = None
     text_columns: list[str] | None = field(default=None, metadata={"help": "one or two columns; one with word lists for tagging"})
@@ -64,7 +74,9 @@ class DataArguments:
 class PromptArguments:
     """What is trained beside the head."""
 
-    method: str = field(default="deep", metadata={"help": "deep (P-Tuning v2), shallow (prompt tuning, P-tuning) or none (head only)"})
+    method: str = field(
+        default="deep", metadata={"help": "deep (P-Tuning v2), shallow (prompt tuning, P-tuning) or none (head only)"}
+    )
     prompt_length: int = 20
     prompt_layers: str = field(default="all", metadata={"help": "all, a number k for the top k, or layers from 1 such as 17-24"})
     reparameterization: str | None = field(default=None, metadata={"help": "mlp or lstm"})
@@ -72,7 +84,9 @@ class PromptArguments:
     prompt_dropout: float = 0.1
     prompt_init: str = field(default="normal", metadata={"help": "normal, zero, tokens, or the folder of a saved adapter"})
     head_learning_rate: float | None = None
-    epoch_decay: float | None = field(default=None, metadata={"help": "multiply the rate by this each epoch; default 0.95 for tagging"})
+    epoch_decay: float | None = field(
+        default=None, metadata={"help": "multiply the rate by this each epoch; default 0.95 for tagging"}
+    )
 
     def prompt_config(self) -> PromptConfig:
         return PromptConfig(prompt_length=self.prompt_length, prompt_layers=self.prompt_layers, method=self.method,
@@ -107,7 +121,7 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
             near = difflib.get_close_matches(name, sorted(known | set(ALIASES) | set(SWITCHES)), 1)
             raise ConfigError(f"--{name} is not a flag of ptv2 train" + (f"; did you mean --{near[0]}?" if near else
                                                                          "; ptv2 train --help lists them."))
-    parser: Any = HfArgumentParser(GROUPS, allow_abbrev=False, prog="ptv2 train")
+    parser: Any = _hf_parser(GROUPS, allow_abbrev=False, prog="ptv2 train")
     parser.error = _refuse
     words = [word for name, values in merged.items() for word in (f"--{name}", *values)]
     try:
@@ -117,7 +131,10 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
 
 
 def print_help() -> None:
-    HfArgumentParser(GROUPS, prog="ptv2 train").print_help()
+    _hf_parser(GROUPS, prog="ptv2 train").print_help()
+
+
+_hf_parser: Any = HfArgumentParser      # its annotation does not admit a tuple of dataclass types
 
 
 def _refuse(message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -44,10 +44,13 @@ def choose_columns(data: DataArguments, table: Table, benchmark: Benchmark | Non
     else:
         label = data.label_column or next((c for c in _LABEL_COLUMNS if c in table.columns), "label")
         others = [c for c in table.columns if c != label]
-        guess = [c for c in ("text", "sentence", "words", "tokens") if c in others][:1] or (others if len(others) <= 2 else [])
+        likely = [c for c in others if c in ("text", "sentence", "words", "tokens")]
+        guess = likely[:1] or (others if len(others) <= 2 else [])
         texts = data.text_columns or guess
         if not texts:
-            raise DataError(f"{table.source}: which of the columns {', '.join(others)} hold the text? Give --text_columns ONE [TWO].")
+            raise DataError(
+                f"{table.source}: which of the columns {', '.join(others)} hold the text? Give --text_columns ONE [TWO]."
+            )
     for name in (*texts, label):
         table.column(name)
     return texts, label
@@ -67,7 +70,9 @@ def load_tokenizer(name: str, for_words: bool) -> Any:
         space = {"add_prefix_space": True} if for_words and config.model_type in ("roberta",) else {}
         return transformers.AutoTokenizer.from_pretrained(name, **space)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer can be loaded from {name!r} ({str(error).splitlines()[0][:120]}); pass --tokenizer_name.") from error
+        raise ConfigError(
+            f"no tokenizer can be loaded from {name!r} ({str(error).splitlines()[0][:120]}); pass --tokenizer_name."
+        ) from error
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: PromptArguments,
@@ -80,7 +85,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     assert train_table is not None
     texts, label = choose_columns(data_args, train_table, benchmark)
     labels = Labels.infer(train_table.column(label), train_table.source)
-    check_writable(args.output_dir)
+    output = Path(args.output_dir or ".")
+    check_writable(output)
     prompt = prompt_args.prompt_config()
     for table, limit in ((train_table, data_args.max_train_samples), (validation, data_args.max_eval_samples),
                          (test, data_args.max_predict_samples)):
@@ -91,9 +97,17 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     task = "token-classification" if labels.kind == "tags" else "sequence-classification"
     dtype = None if model_args.dtype is None else getattr(torch, model_args.dtype)
     model = PromptedModel.from_pretrained(
-        model_args.model_name_or_path, task=task, prompt=prompt, dtype=dtype, num_labels=labels.num_labels, id2label=labels.id2label,
-        pooler=model_args.pooler, shift_positions=model_args.shift_positions,
-        problem_type="regression" if labels.kind == "values" else None, device=args.device)
+        model_args.model_name_or_path,
+        task=task,
+        prompt=prompt,
+        dtype=dtype,
+        num_labels=labels.num_labels,
+        id2label=labels.id2label,
+        pooler=model_args.pooler,
+        shift_positions=model_args.shift_positions,
+        problem_type="regression" if labels.kind == "values" else None,
+        device=args.device,
+    )
     if model_args.hidden_dropout_prob is not None:
         model.set_hidden_dropout(model_args.hidden_dropout_prob)
     tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path, labels.kind == "tags")
@@ -114,13 +128,19 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     trainer.save_model()
-    settings = {"text_columns": texts, "label_column": label, "max_seq_length": max_length, "labels": labels.names, "kind": labels.kind}
-    replace_file(Path(args.output_dir) / SETTINGS, json.dumps(settings, indent=2).encode())
+    settings = {
+        "text_columns": texts,
+        "label_column": label,
+        "max_seq_length": max_length,
+        "labels": labels.names,
+        "kind": labels.kind,
+    }
+    replace_file(output / SETTINGS, json.dumps(settings, indent=2).encode())
     results: dict[str, Any] = {"output_dir": args.output_dir}
     best = [entry for entry in trainer.state.log_history if any(k.startswith("eval_") for k in entry)]
     if best:
         results["last_evaluation"] = {k: v for k, v in best[-1].items() if k.startswith("eval_") or k == "epoch"}
     if sets[2] is not None and "labels" in sets[2][0]:
-        results["test"] = trainer.predict(sets[2], metric_key_prefix="test").metrics
-    replace_file(Path(args.output_dir) / "results.json", json.dumps(results, indent=2).encode())
+        results["test"] = trainer.predict(cast(Any, sets[2]), metric_key_prefix="test").metrics
+    replace_file(output / "results.json", json.dumps(results, indent=2).encode())
     return results

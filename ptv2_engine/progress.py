@@ -15,13 +15,20 @@ class LiveProgress(TrainerCallback):
     def __init__(self, title: str, console: Console | None = None) -> None:
         self.title, self.console = title, console or Console()
         self.bar: Progress | None = None
-        self.fields = {"loss": "-", "speed": "-", "memory": "-", "score": ""}
+        self.fields: dict[str, Any] = {"loss": "-", "speed": "-", "memory": "-", "score": ""}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar = Progress(
-            TextColumn(f"{self.title:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[memory]} MiB  {task.fields[score]}"),
-            console=self.console, disable=not self.console.is_terminal)
+            TextColumn(f"{self.title:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn(
+                "loss {task.fields[loss]}  {task.fields[speed]} tokens/s  {task.fields[memory]} MiB  {task.fields[score]}"
+            ),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
         self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, **self.fields)
         self.bar.start()
 

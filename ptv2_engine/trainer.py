@@ -53,7 +53,7 @@ class Trainer(transformers.Trainer):
         for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
             if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
                 raise DataError(f"the {name} data set has 0 examples; check the file and its filters.")
-        check_writable(args.output_dir)
+        check_writable(args.output_dir or ".")
         self.packs = data_collator is None
         if data_collator is None:
             data_collator = PackedCollator(vocab_size=model.encoder.config.vocab_size, max_length=model.max_length())
@@ -82,8 +82,9 @@ class Trainer(transformers.Trainer):
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """transformers' optimizer of args.optim (default: torch's fused AdamW) over prompt and head only."""
         if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = parameter_groups(self.model, self.args.weight_decay, self.head_learning_rate)
+            model: Any = self.model
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(model, self.args.weight_decay, self.head_learning_rate)
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
@@ -92,14 +93,15 @@ class Trainer(transformers.Trainer):
         if self.epoch_decay is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         steps = max(math.ceil(num_training_steps / max(self.args.num_train_epochs, 1)), 1)
-        decay = self.epoch_decay
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, lambda step: decay ** (step // steps))
+        decay, over = self.epoch_decay, optimizer or self.optimizer
+        assert over is not None
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(over, lambda step: decay ** (step // steps))
         return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Tensor | int | None = None) -> Any:
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model.training:
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
             self.tokens_seen += _num_tokens(inputs)
             loss = result[0] if return_outputs else result
             # On the CPU looking at the loss is free; on a GPU it is looked at when it is logged, without stalling the step
@@ -111,13 +113,15 @@ class Trainer(transformers.Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         loss = logs.get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise NonFiniteLoss(f"the loss became {loss} by step {self.state.global_step}; continue from the last checkpoint with a "
-                                "lower learning rate.")
+            raise NonFiniteLoss(
+                f"the loss became {loss} by step {self.state.global_step}; continue from the last checkpoint with a "
+                "lower learning rate."
+            )
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The adapter (and the tokenizer), not the model."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)

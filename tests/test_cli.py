@@ -15,8 +15,8 @@ from ptv2_engine.cli_args import parse_train
 from ptv2_engine.errors import ConfigError
 from ptv2_engine.testing import tiny_model
 
-GOOD = "great fine lovely superb warm".split()
-BAD = "awful dull poor cold weak".split()
+GOOD = ["great", "fine", "lovely", "superb", "warm"]
+BAD = ["awful", "dull", "poor", "cold", "weak"]
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +47,42 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(backbone, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("adapter")
-    code = main(["train", "--model_name_or_path", str(backbone), "--train_file", str(data / "train.jsonl"), "--validation_file",
-                 str(data / "dev.jsonl"), "--test_file", str(data / "test.jsonl"), "--output_dir", str(output), "--prompt_length", "4",
-                 "--num_train_epochs", "20", "--per_device_train_batch_size", "16", "--learning_rate", "3e-2", "--use_cpu",
-                 "--hidden_dropout_prob", "0.0"])
+    code = main(
+        [
+            "train",
+            "--model_name_or_path",
+            str(backbone),
+            "--train_file",
+            str(data / "train.jsonl"),
+            "--validation_file",
+            str(data / "dev.jsonl"),
+            "--test_file",
+            str(data / "test.jsonl"),
+            "--output_dir",
+            str(output),
+            "--prompt_length",
+            "4",
+            "--num_train_epochs",
+            "20",
+            "--per_device_train_batch_size",
+            "16",
+            "--learning_rate",
+            "3e-2",
+            "--use_cpu",
+            "--hidden_dropout_prob",
+            "0.0",
+        ]
+    )
     assert code == 0
     return output
 
 
 def test_train_writes_adapter_tokenizer_settings_and_results(adapter):
     results = json.loads((adapter / "results.json").read_text())
-    assert results["test"]["test_accuracy"] > 0.6      # the encoder is random; test_demo.py learns on a real one
-    assert {"adapter_model.safetensors", "adapter_config.json", "ptv2_data.json", "tokenizer.json"} <= {p.name for p in adapter.iterdir()}
+    assert results["test"]["test_accuracy"] > 0.6  # the encoder is random; test_demo.py learns on a real one
+    assert {"adapter_model.safetensors", "adapter_config.json", "ptv2_data.json", "tokenizer.json"} <= {
+        p.name for p in adapter.iterdir()
+    }
     assert json.loads((adapter / "ptv2_data.json").read_text())["text_columns"] == ["text"]
 
 
@@ -77,29 +101,50 @@ def test_predict_texts_files_and_standard_input(adapter, data, capsys, monkeypat
     monkeypatch.setattr("sys.stdin", io.StringIO("the film is great\n\nthe film is awful\n"))
     assert main(["predict", str(adapter), "--format", "csv", "--device", "cpu"]) == 0
     assert [r["label"] for r in csv.DictReader(io.StringIO(capsys.readouterr().out))] == expected
-    assert main(["predict", str(adapter), "--file", str(data / "test.jsonl"), "--output", str(tmp_path / "out.txt"), "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "predict",
+                str(adapter),
+                "--file",
+                str(data / "test.jsonl"),
+                "--output",
+                str(tmp_path / "out.txt"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "out.txt").read_text().count("the film") == 32
 
 
 def test_a_yaml_file_and_the_command_line_on_top(tmp_path):
     (tmp_path / "c.yaml").write_text("learning_rate: 1e-3\nprompt_length: 7\ntext_columns: [a, b]\nbf16: true\nmax_steps: 5\n")
-    model, data, prompt, training, _ = parse_train(["--config", str(tmp_path / "c.yaml"), "--prompt_length", "9", "--warmup_steps", "3"])
+    model, data, prompt, training, _ = parse_train(
+        ["--config", str(tmp_path / "c.yaml"), "--prompt_length", "9", "--warmup_steps", "3"]
+    )
     assert (prompt.prompt_length, training.learning_rate, data.text_columns) == (9, 1e-3, ["a", "b"])
     assert training.bf16 and training.max_steps == 5 and training.warmup_steps == 3
 
 
 def test_a_published_run_script_works_unchanged():
     """run_script/run_rte_roberta.sh of the published code, word for word behind `python3 run.py`."""
-    words = ("--model_name_or_path roberta-large --task_name superglue --dataset_name rte --do_train --do_eval --max_seq_length 128 "
-             "--per_device_train_batch_size 32 --learning_rate 5e-3 --num_train_epochs 100 --pre_seq_len 128 --output_dir x/ "
-             "--overwrite_output_dir --hidden_dropout_prob 0.1 --seed 11 --save_strategy no --evaluation_strategy epoch --prefix")
+    words = (
+        "--model_name_or_path roberta-large --task_name superglue --dataset_name rte --do_train --do_eval --max_seq_length 128 "
+        "--per_device_train_batch_size 32 --learning_rate 5e-3 --num_train_epochs 100 --pre_seq_len 128 --output_dir x/ "
+        "--overwrite_output_dir --hidden_dropout_prob 0.1 --seed 11 --save_strategy no --evaluation_strategy epoch --prefix"
+    )
     model, data, prompt, training, notes = parse_train(words.split())
     assert (model.model_name_or_path, model.hidden_dropout_prob) == ("roberta-large", 0.1)
     assert (data.task_name, data.dataset_name) == ("superglue", "rte")
     assert (prompt.method, prompt.prompt_length, prompt.reparameterization) == ("deep", 128, None)
     assert (training.learning_rate, training.num_train_epochs, training.seed) == (5e-3, 100, 11)
     assert any("overwrite_output_dir" in n for n in notes)
-    assert parse_train(words.replace("--prefix", "--prefix_projection --prefix_hidden_size 300").split())[2].reparameterization == "mlp"
+    assert (
+        parse_train(words.replace("--prefix", "--prefix_projection --prefix_hidden_size 300").split())[2].reparameterization
+        == "mlp"
+    )
     assert parse_train(words.replace("--prefix", "--prompt").split())[2].method == "shallow"
 
 
@@ -115,7 +160,9 @@ def test_tagging_and_regression_end_to_end(backbone, tmp_path, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
         common = ["--output_dir", str(tmp_path / name), "--prompt_length", "4", "--num_train_epochs", "2", "--use_cpu"]
         file = str(tmp_path / f"{name}.json")
-        assert main(["train", "--model_name_or_path", str(backbone), "--train_file", file, "--validation_file", file, *common]) == 0
+        assert (
+            main(["train", "--model_name_or_path", str(backbone), "--train_file", file, "--validation_file", file, *common]) == 0
+        )
         assert main(["evaluate", str(tmp_path / name), file, "--device", "cpu"]) == 0
         assert main(["predict", str(tmp_path / name), "the film is great", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -132,7 +179,11 @@ def test_tagging_and_regression_end_to_end(backbone, tmp_path, capsys):
     ({"--learning_rate": "fast"}, "invalid float value: 'fast'"),
 ])
 def test_errors_are_one_sentence_and_exit_code_2(change, words, backbone, data, capsys, tmp_path):
-    flags = {"--model_name_or_path": str(backbone), "--train_file": str(data / "train.jsonl"), "--output_dir": str(tmp_path / "o")} | change
+    flags = {
+        "--model_name_or_path": str(backbone),
+        "--train_file": str(data / "train.jsonl"),
+        "--output_dir": str(tmp_path / "o"),
+    } | change
     assert main(["train", *(word for pair in flags.items() for word in pair)]) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error and len(error.strip().splitlines()) == 1

@@ -28,8 +28,17 @@ def examples(count=48, seed=0, tokens=False):
 
 
 def arguments(folder, **changes):
-    settings = {"per_device_train_batch_size": 8, "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no",
-                "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 3}
+    settings = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
     return transformers.TrainingArguments(str(folder), **settings | changes)
 
 
@@ -63,7 +72,9 @@ def test_resume_across_an_epoch(tmp_path):
 
 
 def test_checkpoints_hold_the_adapter_not_the_model(tmp_path):
-    trainer = Trainer(model_for(), arguments(tmp_path, save_strategy="steps", save_steps=3, max_steps=3), train_dataset=examples())
+    trainer = Trainer(
+        model_for(), arguments(tmp_path, save_strategy="steps", save_steps=3, max_steps=3), train_dataset=examples()
+    )
     trainer.train()
     files = set(os.listdir(tmp_path / "checkpoint-3"))
     assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json"} <= files
@@ -97,10 +108,23 @@ def test_learns_and_keeps_the_best_model(tmp_path):
     model, rows = model_for(head_dropout=0.0), examples(32)
     model.set_hidden_dropout(0.0)
     trainer = Trainer(
-        model, arguments(tmp_path, max_steps=-1, num_train_epochs=40, learning_rate=2e-2, eval_strategy="epoch", save_strategy="epoch",
-                         load_best_model_at_end=True, metric_for_best_model="accuracy", save_total_limit=1),
-        train_dataset=rows, eval_dataset=rows, compute_metrics=metrics_for("classes", ["no", "yes"]),
-        callbacks=[transformers.EarlyStoppingCallback(early_stopping_patience=20)])
+        model,
+        arguments(
+            tmp_path,
+            max_steps=-1,
+            num_train_epochs=40,
+            learning_rate=2e-2,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            load_best_model_at_end=True,
+            metric_for_best_model="accuracy",
+            save_total_limit=1,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        compute_metrics=metrics_for("classes", ["no", "yes"]),
+        callbacks=[transformers.EarlyStoppingCallback(early_stopping_patience=20)],
+    )
     trainer.train()
     scores = [e["eval_accuracy"] for e in trainer.state.log_history if "eval_accuracy" in e]
     assert max(scores) >= 0.9, scores
@@ -125,7 +149,9 @@ def test_optimizer_has_prompt_and_head_with_their_own_rates(tmp_path):
 
 
 def test_epoch_decay_is_the_published_schedule(tmp_path):
-    trainer = Trainer(model_for(), arguments(tmp_path, max_steps=-1, num_train_epochs=3), train_dataset=examples(), epoch_decay=0.95)
+    trainer = Trainer(
+        model_for(), arguments(tmp_path, max_steps=-1, num_train_epochs=3), train_dataset=examples(), epoch_decay=0.95
+    )
     trainer.train()
     rates = [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
     np.testing.assert_allclose(rates, [1e-2 * 0.95 ** (i // 6) for i in range(18)], rtol=1e-6)
@@ -155,7 +181,11 @@ def test_the_stock_trainer_takes_a_prompted_model(tmp_path):
     def collate(features):
         longest = max(len(f["input_ids"]) for f in features)
         pad = lambda name: torch.tensor([f[name] + [0] * (longest - len(f[name])) for f in features])
-        return {"input_ids": pad("input_ids"), "attention_mask": pad("attention_mask"), "labels": torch.tensor([f["labels"] for f in features])}
+        return {
+            "input_ids": pad("input_ids"),
+            "attention_mask": pad("attention_mask"),
+            "labels": torch.tensor([f["labels"] for f in features]),
+        }
 
     trainer = transformers.Trainer(model_for(), arguments(tmp_path), train_dataset=rows, eval_dataset=rows, data_collator=collate,
                                    compute_metrics=metrics_for("classes", ["no", "yes"]))
@@ -164,8 +194,13 @@ def test_the_stock_trainer_takes_a_prompted_model(tmp_path):
 
 
 def test_token_classification_scores(tmp_path):
-    trainer = Trainer(model_for(task="token-classification", num_labels=3), arguments(tmp_path), train_dataset=examples(tokens=True),
-                      eval_dataset=examples(24, tokens=True), compute_metrics=metrics_for("tags", ["O", "B-X", "I-X"]))
+    trainer = Trainer(
+        model_for(task="token-classification", num_labels=3),
+        arguments(tmp_path),
+        train_dataset=examples(tokens=True),
+        eval_dataset=examples(24, tokens=True),
+        compute_metrics=metrics_for("tags", ["O", "B-X", "I-X"]),
+    )
     trainer.train()
     assert {"eval_f1", "eval_precision", "eval_recall", "eval_accuracy"} <= set(trainer.evaluate())
 

@@ -43,18 +43,19 @@ def philox_words(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor | int, seed: int
     """The four words of each counter: int64 [..., 4] in [0, 2**32), for broadcastable int64 counters."""
     seed = int(seed) & 0xFFFFFFFFFFFFFFFF
     k0, k1 = seed & _MASK, seed >> 32
-    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, torch.as_tensor(c3, device=c0.device))
+    c0, c1, c2, c3_all = torch.broadcast_tensors(c0, c1, c2, torch.as_tensor(c3, device=c0.device))
     for _ in range(_ROUNDS):
         hi0, lo0 = _mul_hi_lo(_M0, c0)
         hi1, lo1 = _mul_hi_lo(_M1, c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        c0, c1, c2, c3_all = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3_all ^ k1, lo0
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return torch.stack((c0, c1, c2, c3), dim=-1)
+    return torch.stack((c0, c1, c2, c3_all), dim=-1)
 
 
-def keep_scale(rows: Tensor, num_columns: int, c2: Tensor | int, *, p: float, seed: int | Tensor, site: int,
+def keep_scale(rows: Tensor, num_columns: int, c2: Tensor | int, *, p: float, seed: int | Tensor | None, site: int,
                stream: int) -> Tensor:
     """0 or 1/(1-p) for elements (rows[r], column): fp64 [..., R, num_columns]; c2 is broadcast against rows' leading dims."""
+    assert seed is not None, "a mask needs a seed"
     device = rows.device
     groups = torch.arange((num_columns + 3) // 4, device=device)
     c2 = torch.as_tensor(c2, device=device)

@@ -105,7 +105,9 @@ class _FrozenLinear(torch.autograd.Function):
 
 def as_frozen(linear: FrozenLinear | Tensor, bias_O: Tensor | None = None) -> FrozenLinear:
     """The FrozenLinear itself, or one made around a plain weight [O, I] (a benchmark's or a test's; packs every time)."""
-    return linear if isinstance(linear, FrozenLinear) else FrozenLinear(linear.detach(), None if bias_O is None else bias_O.detach())
+    return (
+        linear if isinstance(linear, FrozenLinear) else FrozenLinear(linear.detach(), None if bias_O is None else bias_O.detach())
+    )
 
 
 def frozen_linear(x_TI: Tensor, linear: FrozenLinear | Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -61,7 +61,7 @@ def reference(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prefix_k_KPND: Tensor
     rows = [q_TND.new_zeros(0, N, D)]
     for b, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         heads = b * N + torch.arange(N, device=q_TND.device)
-        draw = {"seed": seed, "site": site}
+        draw: dict[str, Any] = {"seed": seed, "site": site}
         q, k, v = (x[start:end].transpose(0, 1) for x in (q_TND, k_TND, v_TND))                      # [N, S, D]
         num_prefix = 0
         if prefix_k_KPND is not None and prefix_v_KPND is not None:
@@ -121,7 +121,8 @@ class _PrefixAttentionQKV(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, pk: Tensor | None, pv: Tensor | None, plain: tuple[Any, ...], backend: str) -> Tensor:
-        return _forward(ctx, *qkv.unbind(1), pk, pv, plain, backend, prefix_at=1)
+        q, k, v = qkv.unbind(1)
+        return _forward(ctx, q, k, v, pk, pv, plain, backend, prefix_at=1)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -219,6 +220,8 @@ def prefix_attention_qkv(qkv_T3ND: Tensor, prefix_k_KPND: Tensor | None, prefix_
                          seed: int | Tensor | None = None, site: int = 0) -> Tensor:
     """prefix_attention for q, k, v that are one buffer [T, 3, N, D] (a fused projection): its gradient is one buffer too."""
     if qkv_T3ND.dim() != 4 or qkv_T3ND.shape[1] != 3:
-        raise InputError(f"prefix_attention: qkv {describe(qkv_T3ND)} must be [T, 3, N, D]; reshape the fused projection's output.")
+        raise InputError(
+            f"prefix_attention: qkv {describe(qkv_T3ND)} must be [T, 3, N, D]; reshape the fused projection's output."
+        )
     return _run((qkv_T3ND,), prefix_k_KPND, prefix_v_KPND, cu_seqlens, max_seqlen, prompt_ids, prompt_lengths, scale, dropout_p,
                 prefix_dropout_p, seed, site)

@@ -76,15 +76,19 @@ def find_benchmark(task_name: str, dataset_name: str) -> Benchmark:
     if dataset in BENCHMARKS.get(task, {}):
         return BENCHMARKS[task][dataset]
     if dataset in _LATER.get(task, ()):
-        raise ConfigError(f"--task_name {task} --dataset_name {dataset} is not a sequence or token classification task and cannot "
-                          "be trained yet; choose another.")
+        raise ConfigError(
+            f"--task_name {task} --dataset_name {dataset} is not a sequence or token classification task and cannot "
+            "be trained yet; choose another."
+        )
     known = "; ".join(f"{t}: {', '.join(names)}" for t, names in BENCHMARKS.items())
-    raise ConfigError(f"--task_name {task_name} --dataset_name {dataset_name} is unknown; there are {known}. For files of your own "
-                      "use --train_file.")
+    raise ConfigError(
+        f"--task_name {task_name} --dataset_name {dataset_name} is unknown; there are {known}. For files of your own "
+        "use --train_file."
+    )
 
 
 def load_benchmark(benchmark: Benchmark, data_dir: str | Path | None, template: int) -> list[Table | None]:
-    """Train, validation and test tables: from files named train.*, validation.* (valid, val, dev), test.* in a folder, or the hub.
+    """Train, validation and test tables: files named train.*, validation.* (valid, val, dev), test.* of a folder, or the hub.
 
     Raises DataError when neither has them. Labels may be missing in the test table.
     """
@@ -116,7 +120,9 @@ def _from_hub(benchmark: Benchmark) -> list[Table | None]:
     try:
         import datasets
     except ImportError:
-        raise DataError("data sets by name need the package datasets; pip install 'ptv2_engine[train]', or use --data_dir.") from None
+        raise DataError(
+            "data sets by name need the package datasets; pip install 'ptv2_engine[train]', or use --data_dir."
+        ) from None
     try:
         loaded = datasets.load_dataset(*benchmark.hub)
     except Exception as error:      # datasets raises a dozen kinds of error for "not reachable"

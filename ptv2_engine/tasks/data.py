@@ -63,8 +63,10 @@ def _delimited(path: Path) -> Iterable[dict[str, Any]]:
         reader = csv.DictReader(file, delimiter="\t" if tsv else ",", quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL)
         for number, row in enumerate(reader, start=2):
             if None in row or None in row.values():
-                raise DataError(f"{path}, line {number}: {len([v for v in row.values() if v is not None])} fields where the header "
-                                f"has {len(reader.fieldnames or [])}; quote fields that hold the separator.")
+                raise DataError(
+                    f"{path}, line {number}: {len([v for v in row.values() if v is not None])} fields where the header "
+                    f"has {len(reader.fieldnames or [])}; quote fields that hold the separator."
+                )
             yield row
 
 

@@ -27,7 +27,9 @@ class Labels:
             return cls("tags", sorted({str(t) for tags in values for t in tags}, key=lambda t: (t != "O", t[2:], t)))
         if any(_is_fraction(v) for v in values):
             return cls("values", [])
-        return cls("classes", sorted({_plain(v) for v in values}, key=lambda n: (0, float(n), n) if _is_number(n) else (1, 0.0, n)))
+        return cls(
+            "classes", sorted({_plain(v) for v in values}, key=lambda n: (0, float(n), n) if _is_number(n) else (1, 0.0, n))
+        )
 
     @property
     def num_labels(self) -> int:
@@ -51,8 +53,10 @@ class Labels:
         try:
             return self._numbers[name]
         except KeyError:
-            raise LabelError(f"{source}: label {name!r} is not one of the {len(self.names)} known labels ({', '.join(self.names[:8])}"
-                             f"{', ...' if len(self.names) > 8 else ''}); correct the file, or train with data that has it.") from None
+            raise LabelError(
+                f"{source}: label {name!r} is not one of the {len(self.names)} known labels ({', '.join(self.names[:8])}"
+                f"{', ...' if len(self.names) > 8 else ''}); correct the file, or train with data that has it."
+            ) from None
 
     @property
     def _numbers(self) -> dict[str, int]:
@@ -85,7 +89,9 @@ def encode_sequences(table: Table, tokenizer: Any, text_columns: Sequence[str], 
         raise DataError(f"{len(text_columns)} text columns were given, but one text or a pair can be encoded; name one or two.")
     texts = [[str(v) for v in table.column(c)] for c in text_columns]
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-    features = [{name: encoded[name][i] for name in ("input_ids", "token_type_ids") if name in encoded} for i in range(len(table))]
+    features = [
+        {name: encoded[name][i] for name in ("input_ids", "token_type_ids") if name in encoded} for i in range(len(table))
+    ]
     if label_column is not None and labels is not None:
         for feature, value in zip(features, table.column(label_column), strict=True):
             feature["labels"] = labels.encode(value, table.source)
@@ -99,7 +105,9 @@ def encode_tokens(table: Table, tokenizer: Any, words_column: str, max_length: i
     tags = table.column(label_column) if label_column is not None and labels is not None else [None] * len(table)
     for words, row_tags in zip(table.column(words_column), tags, strict=True):
         if row_tags is not None and len(words) != len(row_tags):
-            raise DataError(f"{table.source}: a sentence has {len(words)} words but {len(row_tags)} labels; give one label a word.")
+            raise DataError(
+                f"{table.source}: a sentence has {len(words)} words but {len(row_tags)} labels; give one label a word."
+            )
         encoded = tokenizer(list(words), is_split_into_words=True, truncation=True, max_length=max_length)
         feature = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
         word_ids = encoded.word_ids()

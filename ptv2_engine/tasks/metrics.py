@@ -32,8 +32,11 @@ def class_scores(scores_BC: np.ndarray, labels_B: np.ndarray, extra: tuple[str, 
     if extra:
         from sklearn import metrics
 
-        functions = {"f1": lambda: metrics.f1_score(labels_B, predicted), "matthews": lambda: metrics.matthews_corrcoef(labels_B, predicted),
-                     "f1_macro": lambda: metrics.f1_score(labels_B, predicted, average="macro")}
+        functions = {
+            "f1": lambda: metrics.f1_score(labels_B, predicted),
+            "matthews": lambda: metrics.matthews_corrcoef(labels_B, predicted),
+            "f1_macro": lambda: metrics.f1_score(labels_B, predicted, average="macro"),
+        }
         found |= {name: float(functions[name]()) for name in extra}
     return found
 

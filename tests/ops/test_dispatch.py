@@ -18,7 +18,10 @@ def test_unknown_backend_is_named():
 
 def test_a_backend_that_was_asked_for_never_falls_back():
     x = torch.randn(3, 8, dtype=torch.float64)
-    with ops.use_backend("native"), pytest.raises(BackendError, match=r"add_norm: backend 'native'.*float64 \(has float32, bfloat16\)"):
+    with (
+        ops.use_backend("native"),
+        pytest.raises(BackendError, match=r"add_norm: backend 'native'.*float64 \(has float32, bfloat16\)"),
+    ):
         ops.add_norm(x, x, x[0], x[0], 1e-5)
 
 

@@ -47,11 +47,18 @@ def test_conll_columns_keep_the_last_sentence(tmp_path):
                                                    {"words": ["Paris"], "tags": ["B-LOC"]}]
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("x.csv", "", "has 0 examples"), ("x.xls", "x", "files of .csv, .tsv"), ("x.csv", "a,b\n1,2,3\n", "line 2: .* fields where the header has 2"),
-    ("x.jsonl", "{broken", "cannot be read as jsonl"), ("x.json", '{"a": 1}', "not a list of objects"),
-    ("x.parquet", "nonsense", "not a readable parquet file"), ("x.txt", "a b\nc d\n", "holds BIO tags"),
-])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("x.csv", "", "has 0 examples"),
+        ("x.xls", "x", "files of .csv, .tsv"),
+        ("x.csv", "a,b\n1,2,3\n", "line 2: .* fields where the header has 2"),
+        ("x.jsonl", "{broken", "cannot be read as jsonl"),
+        ("x.json", '{"a": 1}', "not a list of objects"),
+        ("x.parquet", "nonsense", "not a readable parquet file"),
+        ("x.txt", "a b\nc d\n", "holds BIO tags"),
+    ],
+)
 def test_bad_files(name, content, words, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=words):
@@ -65,11 +72,19 @@ def test_missing_file_and_column(tmp_path):
         Table(ROWS, "x").column("txt")
 
 
-@pytest.mark.parametrize("values, kind, names", [
-    (["b", "a", "b"], "classes", ["a", "b"]), ([0, 2, 10, 2], "classes", ["0", "2", "10"]), ([True, False], "classes", ["False", "True"]),
-    (["1", "0"], "classes", ["0", "1"]), ([1.0, 0.0], "classes", ["0", "1"]), ([0.5, 1.0], "values", []), (["2.5", "1"], "values", []),
-    ([["O", "B-X"], ["I-X"]], "tags", ["O", "B-X", "I-X"]),
-])
+@pytest.mark.parametrize(
+    "values, kind, names",
+    [
+        (["b", "a", "b"], "classes", ["a", "b"]),
+        ([0, 2, 10, 2], "classes", ["0", "2", "10"]),
+        ([True, False], "classes", ["False", "True"]),
+        (["1", "0"], "classes", ["0", "1"]),
+        ([1.0, 0.0], "classes", ["0", "1"]),
+        ([0.5, 1.0], "values", []),
+        (["2.5", "1"], "values", []),
+        ([["O", "B-X"], ["I-X"]], "tags", ["O", "B-X", "I-X"]),
+    ],
+)
 def test_labels_are_inferred(values, kind, names):
     labels = Labels.infer(values, "x")
     assert (labels.kind, labels.names) == (kind, names)
@@ -126,8 +141,14 @@ def test_published_data_sets_from_local_files():
     assert sizes == [910, 243, 288]
 
 
-@pytest.mark.parametrize("task, name, words", [("superglue", "copa", "cannot be trained yet"), ("qa", "squad", "cannot be trained yet"),
-                                               ("glue", "imdb", "is unknown; there are glue: cola")])
+@pytest.mark.parametrize(
+    "task, name, words",
+    [
+        ("superglue", "copa", "cannot be trained yet"),
+        ("qa", "squad", "cannot be trained yet"),
+        ("glue", "imdb", "is unknown; there are glue: cola"),
+    ],
+)
 def test_data_sets_that_are_not_there(task, name, words):
     with pytest.raises(ConfigError, match=words):
         find_benchmark(task, name)
