@@ -52,13 +52,17 @@ def peft_model(base, device):
     return model.to(device)
 
 
-def stepper(model, parameters, optimizer, inputs, autocast=None):
-    """A function that takes one training step, on the next of `inputs` each time."""
-    state = {"next": 0}
+def median_batch(name: str, device: str):
+    """The batch of 32 whose padding (padded cells over tokens) is the median of 16: its (packed, padded) inputs."""
+    groups = [LENGTHS[name][i : i + BATCH] for i in range(0, 16 * BATCH, BATCH)]
+    order = sorted(range(16), key=lambda i: max(groups[i]) * BATCH / sum(groups[i]))
+    return list(batches(name, 16, device))[order[8]]
+
+
+def stepper(model, parameters, optimizer, batch, autocast=None):
+    """A function that takes one training step on the batch."""
 
     def step():
-        batch = inputs[state["next"] % len(inputs)]
-        state["next"] += 1
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=autocast is not None):
             loss = model(**batch).loss
@@ -69,30 +73,21 @@ def stepper(model, parameters, optimizer, inputs, autocast=None):
     return step
 
 
-def bare_products(inputs, dtype):
+def bare_products(T, dtype):
     """The matrix products of our step and nothing else: forward and dX, weights packed, the shapes the engine really runs."""
     weights = {}
     for name, (rows_out, rows_in) in {"qkv": (2304, 768), "out": (768, 768), "up": (3072, 768), "down": (768, 3072)}.items():
         w = torch.randn(rows_out, rows_in, dtype=dtype)
-        weights[name] = (
-            torch.ops.mkldnn._reorder_linear_weight(w, 2048),
-            torch.ops.mkldnn._reorder_linear_weight(w.t().contiguous(), 2048),
-        )
-    state = {"next": 0}
+        weights[name] = [torch.ops.mkldnn._reorder_linear_weight(x, 2048) for x in (w, w.t().contiguous())]
     linear = torch.ops.mkldnn._linear_pointwise
-    buffers = {}
-
-    def rows(T, width):
-        return buffers.setdefault((T, width), torch.randn(T, width, dtype=dtype))
+    inputs = {(count, width): torch.randn(count, width, dtype=dtype) for count in (T, BATCH) for width in (768, 3072)}
 
     def run():
-        T = inputs[state["next"] % len(inputs)]["input_ids"].shape[0]
-        state["next"] += 1
         for layer in range(12):
-            behind = BATCH if layer == 11 else T       # the last layer computes first tokens only behind its attention
+            behind = BATCH if layer == 11 else T  # the last layer computes first tokens only behind its attention
             for name, count in (("qkv", T), ("out", behind), ("up", behind), ("down", behind)):
                 forward, backward = weights[name]
-                out = linear(rows(count, 3072 if name == "down" else 768), forward, None, "none", [], "")
+                out = linear(inputs[count, 3072 if name == "down" else 768], forward, None, "none", [], "")
                 if not (layer == 0 and name == "qkv"):  # nothing below the first layer's attention is trained
                     linear(out, backward, None, "none", [], "")
 
@@ -103,19 +98,23 @@ def bare_products(inputs, dtype):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_cpu_step(compare, dtype, data):
     base = bert_base()
-    inputs = list(batches(data, 4, "cpu"))
+    packed, padded = median_batch(data, "cpu")
     ours = PromptedModel.from_pretrained(base, num_labels=2, prompt=PromptConfig(PROMPT), dtype=DTYPES[dtype]).train()
     peft = peft_model(base, "cpu").train()
-    check_losses(ours, peft, inputs[0], 1e-4 if dtype == "fp32" else 2e-2)
-    tokens = sum(p["input_ids"].shape[0] for p, _ in inputs) / len(inputs)
-    padded = sum(p["input_ids"].numel() for _, p in inputs) / len(inputs)
+    check_losses(ours, peft, (packed, padded), 1e-4 if dtype == "fp32" else 2e-2)
     trained = [p for p in peft.parameters() if p.requires_grad]
-    compare(f"train step  BERT-base B=32 P=20 {data} {dtype}", {
-        "ptv2": stepper(ours, list(ours.trained_parameters().values()), adamw(ours, 1e-3), [p for p, _ in inputs]),
-        "PEFT padded" + (" bf16 autocast" if dtype == "bf16" else ""): stepper(
-            peft, trained, torch.optim.AdamW(trained, 1e-3), [p for _, p in inputs], autocast=True if dtype == "bf16" else None),
-        "bare products": bare_products([p for p, _ in inputs], DTYPES[dtype]),
-    }, rounds=4, warmup=1, tokens=tokens, padded_tokens=padded, batch=BATCH, prompt_length=PROMPT)
+    optimizer = torch.optim.AdamW(trained, 1e-3)
+    half = dtype == "bf16"
+    T = packed["input_ids"].shape[0]
+    compare(
+        f"train step  BERT-base B=32 P=20 {data} {dtype}",
+        {
+            "ptv2": stepper(ours, list(ours.trained_parameters().values()), adamw(ours, 1e-3), packed),
+            "PEFT padded" + (" bf16 autocast" if half else ""): stepper(peft, trained, optimizer, padded, True if half else None),
+            "bare products": bare_products(T, DTYPES[dtype]),
+        },
+        rounds=4, warmup=1, tokens=T, padded_tokens=padded["input_ids"].numel(), batch=BATCH, prompt_length=PROMPT,
+    )
 
 
 def check_losses(ours, peft, batch, tolerance):
@@ -137,30 +136,19 @@ def check_losses(ours, peft, batch, tolerance):
 @pytest.mark.parametrize("data", ["mrpc", "rte"])
 def test_gpu_step(compare, data):
     base = bert_base()
-    inputs = list(batches(data, 8, "cuda"))
-    ours = PromptedModel.from_pretrained(
-        base, num_labels=2, prompt=PromptConfig(PROMPT), dtype=torch.bfloat16, device="cuda"
-    ).train()
+    packed, padded = median_batch(data, "cuda")
+    prompt = PromptConfig(PROMPT)
+    ours = PromptedModel.from_pretrained(base, num_labels=2, prompt=prompt, dtype=torch.bfloat16, device="cuda").train()
     peft = peft_model(base, "cuda").train()
-    check_losses(ours, peft, inputs[0], 2e-2)
+    check_losses(ours, peft, (packed, padded), 2e-2)
     trained = [p for p in peft.parameters() if p.requires_grad]
-    tokens = sum(p["input_ids"].shape[0] for p, _ in inputs) / len(inputs)
+    optimizer = torch.optim.AdamW(trained, 1e-3, fused=True)
+    step = stepper(ours, list(ours.trained_parameters().values()), adamw(ours, 1e-3), packed)
     torch.cuda.reset_peak_memory_stats()
-    step = stepper(ours, list(ours.trained_parameters().values()), adamw(ours, 1e-3), [p for p, _ in inputs])
     step()
     memory = torch.cuda.max_memory_allocated()
     compare(
         f"train step  BERT-base B=32 P=20 {data} bf16",
-        {
-            "ptv2": step,
-            "PEFT padded bf16 autocast": stepper(
-                peft, trained, torch.optim.AdamW(trained, 1e-3, fused=True), [p for _, p in inputs], autocast=True
-            ),
-        },
-        rounds=24,
-        warmup=8,
-        tokens=tokens,
-        peak_memory_bytes=memory,
-        batch=BATCH,
-        prompt_length=PROMPT,
+        {"ptv2": step, "PEFT padded bf16 autocast": stepper(peft, trained, optimizer, padded, True)},
+        rounds=24, warmup=8, tokens=packed["input_ids"].shape[0], peak_memory_bytes=memory, batch=BATCH, prompt_length=PROMPT,
     )

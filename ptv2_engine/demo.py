@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         from ptv2_engine.tasks import Labels, Table, encode_sequences
         from ptv2_engine.trainer import check_writable
 
-        console = Console()
+        console = Console() if sys.stdout.isatty() else Console(width=130)
         check_writable(options.output)
         splits = load_snippets(fetch_snippets(Path(options.cache)))
         splits["train"] = splits["train"][:options.train_examples]

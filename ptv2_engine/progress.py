@@ -49,7 +49,7 @@ class LiveProgress(TrainerCallback):
             line = f"{self.title}: epoch {logs.get('epoch', 0):.0f}  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
             if not self.console.is_terminal:
                 line += f"  (train loss {self.fields['loss']}, {self.fields['speed']} tokens/s, {self.fields['memory']} MiB)"
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, soft_wrap=True)
         if self.bar is not None:
             self.bar.update(self.task, **self.fields)
 

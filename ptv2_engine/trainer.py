@@ -57,6 +57,7 @@ class Trainer(transformers.Trainer):
         self.packs = data_collator is None
         if data_collator is None:
             data_collator = PackedCollator(vocab_size=model.encoder.config.vocab_size, max_length=model.max_length())
+        args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
         if args.label_names is None:
             args.label_names = ["labels"]
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
@@ -75,7 +76,7 @@ class Trainer(transformers.Trainer):
         # A generator of its own: starting an epoch must not draw from the generator that seeds dropout
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self._get_collator_with_removed_columns(
             self.data_collator, description), num_workers=workers, generator=torch.Generator().manual_seed(self.args.seed),
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0)
         return self.accelerator.prepare(loader)
 

@@ -64,7 +64,7 @@ def test_a_short_run_on_the_real_encoder_learns_and_reloads(tmp_path, monkeypatc
     torch.set_num_threads(2)
     (tmp_path / demo.MEMBER).write_text(snippets(3500))
     monkeypatch.setattr(demo, "SHA256", __import__("hashlib").sha256((tmp_path / demo.MEMBER).read_bytes()).hexdigest())
-    code = demo.main(["--cache", str(tmp_path), "--output", str(tmp_path / "out"), "--epochs", "1", "--train_examples", "150",
+    code = demo.main(["--cache", str(tmp_path), "--output", str(tmp_path / "out"), "--epochs", "8", "--train_examples", "150", "--batch_size", "16",
                       "--only", "p-tuning-v2", "--small"])
     assert code == 0
     result = json.loads((tmp_path / "out" / "results.json").read_text())[0]

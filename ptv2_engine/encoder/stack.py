@@ -70,7 +70,8 @@ class Encoder(nn.Module):
             seed: int64 tensor [1] on the device; drawn from torch's generator when a dropout is on and it is None.
             shift_positions: tokens take the positions behind the prompt, as published.
             first_tokens_only: return [B, H], each sequence's first token (zeros for an empty one). The last layer then does
-                everything behind its attention for B rows instead of T: 9/12 of a layer's products saved, exactly.
+                everything behind its attention for B rows instead of T: 9/12 of a layer's products saved. The same numbers,
+                but for dropout: the last layer's masks are those of B rows.
         Returns:
             x_TH [T, H]: rows of the tokens only.
         Raises:
