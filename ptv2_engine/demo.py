@@ -9,6 +9,7 @@ P-Tuning v2 gives every layer keys and values. All three see the same examples.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import importlib.util
 import io
@@ -121,8 +122,10 @@ def train_one(run: Run, features: dict[str, list[dict[str, Any]]], tokenizer: An
     from ptv2_engine import PromptConfig, PromptedModel, Trainer
     from ptv2_engine.progress import show_progress
     from ptv2_engine.tasks.metrics import metrics_for
-    from ptv2_engine.trainer import peak_memory_bytes
+    from ptv2_engine.trainer import peak_memory_bytes, reset_peak_memory
 
+    gc.collect()
+    reset_peak_memory()
     transformers.set_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = PromptedModel.from_pretrained(

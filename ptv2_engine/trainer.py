@@ -7,6 +7,7 @@ it can reach the weights.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import resource
@@ -157,7 +158,21 @@ def peak_memory_bytes() -> int:
     """The high-water mark: of the GPU's allocator where there is one, else of this process's resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory() -> None:
+    """Start the high-water mark again from what is held now (Linux: where /proc allows it)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 class _Throughput(TrainerCallback):
