@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 
 import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported, which any test module may do: without a GPU its kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25,
                                      suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.load_profile("ci")
@@ -38,9 +42,9 @@ def _missing(backend: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if backend == "aot":
-        import triton
-
-        ptxas = shutil.which("ptxas") or next(iter(_bundled_ptxas(triton.__path__[0])), None)
+        found = importlib.util.find_spec("triton")
+        assert found is not None and found.submodule_search_locations
+        ptxas = shutil.which("ptxas") or next(iter(_bundled_ptxas(found.submodule_search_locations[0])), None)
         return None if ptxas else "no ptxas beside triton"
     return None
 

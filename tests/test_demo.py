@@ -64,8 +64,8 @@ def test_a_short_run_on_the_real_encoder_learns_and_reloads(tmp_path, monkeypatc
     torch.set_num_threads(2)
     (tmp_path / demo.MEMBER).write_text(snippets(3500))
     monkeypatch.setattr(demo, "SHA256", __import__("hashlib").sha256((tmp_path / demo.MEMBER).read_bytes()).hexdigest())
-    code = demo.main(["--cache", str(tmp_path), "--output", str(tmp_path / "out"), "--epochs", "8", "--train_examples", "150", "--batch_size", "16",
-                      "--only", "p-tuning-v2", "--small"])
+    words = ["--cache", str(tmp_path), "--output", str(tmp_path / "out"), "--epochs", "8", "--train_examples", "150"]
+    code = demo.main([*words, "--batch_size", "16", "--only", "p-tuning-v2", "--small"])
     assert code == 0
     result = json.loads((tmp_path / "out" / "results.json").read_text())[0]
     assert result["accuracy"] >= 0.9 and result["adapter_bytes"] < 400 * 1024 and result["tokens_per_second"] > 0
@@ -82,8 +82,8 @@ def load(name: str):
 
 
 def test_example_many_prompts():
-    losses = load("many_prompts").main(tiny_model("bert"))
-    assert len(losses) == 3 and losses[-1] < losses[0]
+    losses = load("many_prompts").main(tiny_model("bert"), steps=20)
+    assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5])
 
 
 def test_example_kernels_alone():
