@@ -242,7 +242,7 @@ class TokenBalancedBatchSampler(Sampler[list[int]]):
 
     Arguments:
         lengths: tokens of each example. batch_size: examples in a batch. shuffle: False keeps the given order, unbalanced.
-        mega: batches in a mega-batch. drop_last: leave out an incomplete last batch. set_epoch(e) seeds an epoch's order.
+        mega: most batches in a mega-batch. drop_last: leave out an incomplete last batch. set_epoch(e) seeds an epoch's order.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, *, shuffle: bool = True, seed: int = 0, mega: int = 16,
@@ -254,6 +254,11 @@ class TokenBalancedBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    @property
+    def sampler(self) -> TokenBalancedBatchSampler:
+        """Itself: where accelerate, over several processes, looks for set_epoch."""
+        return self
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.batch_size)
@@ -267,9 +272,11 @@ class TokenBalancedBatchSampler(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         full = len(order) // self.batch_size * self.batch_size
-        step = self.batch_size * self.mega
+        # at least four mega-batches, so that a small data set is not dealt into the same batches every epoch
+        step = self.batch_size * max(1, min(self.mega, full // self.batch_size // 4))
         for start in range(0, full, step):
-            yield from self._deal(order[start:min(start + step, full)])
+            dealt = self._deal(order[start:min(start + step, full)])
+            yield from (dealt[i] for i in torch.randperm(len(dealt), generator=generator).tolist())
         if full < len(order) and not self.drop_last:
             yield order[full:]
 

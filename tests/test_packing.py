@@ -135,5 +135,20 @@ def test_sampler_evens_out_tokens_and_follows_the_epoch():
     assert list(sampler) == first
     sampler.set_epoch(1)
     assert list(sampler) != first
+
+
+def test_two_processes_share_an_epoch_and_get_a_new_order_in_the_next():
+    from accelerate.data_loader import BatchSamplerShard
+
+    sampler = TokenBalancedBatchSampler(list(range(1, 65)), 8, seed=2)
+    shards = [BatchSamplerShard(sampler, num_processes=2, process_index=i) for i in range(2)]
+    first = [list(shard) for shard in shards]
+    assert sorted(i for batches in first for b in batches for i in b) == list(range(64))
+    shards[0].batch_sampler.sampler.set_epoch(1)
+    assert [list(shard) for shard in shards] != first
+
+
+def test_sampler_needs_a_batch_size():
+    lengths = [1, 2]
     with pytest.raises(DataError, match="batch size 0"):
         TokenBalancedBatchSampler(lengths, 0)
