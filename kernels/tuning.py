@@ -80,17 +80,20 @@ def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, nu
     forward = TileConfig(64, min(tokens, keys), min(prefix, keys // 2 if wide else keys), 4, stages,
                          f"a warp keeps 16 whole rows, keys stream by {keys}")
     dq = TileConfig(64, min(tokens, keys // 2), min(prefix, keys // 2), 4, stages,
-                    f"a warp keeps 16 whole rows, keys stream by {keys // 2}")
+                    f"64 whole rows are held, keys stream by {keys // 2}")
     queries = 16 if wide else 32
     dkdv = TileConfig(queries, 64, prefix, 4, stages, f"a warp keeps 16 keys, queries stream by {queries}")
-    gradient = TileConfig(queries, 0, prefix, prefix // 16, 1 if dropout or prefix == 16 else stages,
-                          f"a warp keeps 16 prefix keys, queries stream by {queries}")
-    if wide or max_seqlen > ONE_BLOCK_TOKENS or prompt_length > ONE_SWEEP_PREFIX:
+    # dropout masks take the registers that wider query tiles would
+    few = 16 if dropout else queries
+    gradient = TileConfig(few, 0, prefix, max(1, prefix // 16) * (2 if dropout and wide else 1),
+                          1 if dropout or prefix == 16 else stages, f"{prefix} prefix keys are held, queries stream by {few}")
+    # the masks of 128 held keys do not fit the registers
+    if wide or max_seqlen > (ONE_BLOCK_TOKENS // 2 if dropout else ONE_BLOCK_TOKENS) or prompt_length > ONE_SWEEP_PREFIX:
         return AttentionPlan(forward, None, dq, dkdv, gradient, False,
                              f"{max_seqlen} + {prompt_length} keys of {head_dim}: dQ and dK, dV in kernels of their own")
     fuse = tokens <= 64 and 2 * num_sequences * prompt_length <= num_tokens
-    sweep = TileConfig(32, tokens, prefix, max(4, tokens // 16), 1,
-                       "all keys on chip: a warp keeps 16 keys, queries stream by 32")
+    sweep = TileConfig(few, tokens, prefix, max(4, tokens // 16), 1,
+                       f"all keys on chip: a warp keeps 16 keys, queries stream by {few}")
     where = "inside, one partial a sequence" if fuse else "apart: no registers, or partials outweigh reading q, dO again"
     return AttentionPlan(forward, sweep, dq, dkdv, gradient, fuse,
                          f"{max_seqlen} + {prompt_length} keys of {head_dim} fit one block: one sweep, prefix gradient {where}")

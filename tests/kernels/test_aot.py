@@ -17,10 +17,7 @@ ATTENTION = ("forward_kernel", "sweep_kernel", "dq_kernel", "dkdv_kernel", "pref
 
 # Bytes of stack a thread spills to: (kernel, sm, head dim over 64). Everything that is not here must not spill. All are
 # kernels with a dropped prefix; those of wide heads keep 64 + 64 accumulators and have no registers left for masks.
-KNOWN_SPILLS = {("sweep_kernel", 90, False): 48, ("sweep_kernel", 100, False): 48, ("prefix_grad_kernel", 80, False): 16,
-                ("prefix_grad_kernel", 90, False): 16, ("prefix_grad_kernel", 100, False): 16, ("dq_kernel", 80, True): 40,
-                ("prefix_grad_kernel", 80, True): 248,
-                ("prefix_grad_kernel", 90, True): 160}
+KNOWN_SPILLS = {("dq_kernel", 80, True): 40, ("prefix_grad_kernel", 90, True): 8}
 
 
 def compiled() -> list[dict]:
