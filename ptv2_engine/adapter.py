@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_engine import __version__
+from ptv2_engine.cloze import ClozeHead
 from ptv2_engine.encoder import Encoder, Origin, load_encoder
 from ptv2_engine.encoder.checkpoints import open_safetensors
 from ptv2_engine.errors import AdapterError, AdapterMismatch, CheckpointError, ConfigError, OutputError, WeightError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ptv2_engine.model import PromptedModel
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PEFT_TASK = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+_PEFT_TASK = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS", "cloze": None}
 _OWN = "ptv2."          # keys that only this package reads
 
 
@@ -46,6 +47,10 @@ def peft_obstacles(model: PromptedModel) -> list[str]:
         reasons.append(f"prompt_lengths {prompt.prompt_lengths}")
     if not model.shift_positions:
         reasons.append("shift_positions=False")
+    if model.task == "cloze":
+        reasons.append("task cloze (PEFT has no head over verbalizers)")
+    if encoder.family not in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
+        reasons.append(f"a {encoder.family} backbone (PEFT's prefix tuning needs past_key_values, which it does not take)")
     if encoder.family == "bert" and model.task == "sequence-classification" and model.pooler_kind == "trained":
         reasons.append("a trained pooler on BERT")
     return reasons
@@ -54,6 +59,8 @@ def peft_obstacles(model: PromptedModel) -> list[str]:
 def _head_tensors(model: PromptedModel) -> dict[str, Tensor]:
     """The head under PEFT's names. RoBERTa's frozen pooler + classifier is its dense + out_proj (equal in eval mode)."""
     head, encoder = model.head, model.encoder
+    if isinstance(head, ClozeHead):
+        return {}
     classifier = {w: getattr(head.classifier, w) for w in ("weight", "bias")}
     dense = getattr(head, "dense", None)
     if model.task == "sequence-classification" and (dense is not None or encoder.config.family != "bert"):
@@ -98,6 +105,10 @@ def config_of(model: PromptedModel, peft_only: bool = False) -> dict[str, Any]:
             "id2label": model.id2label, "problem_type": model.problem_type, "pooler": model.pooler_kind,
             "shift_positions": model.shift_positions, "prompt": prompt.to_dict(), "tokenizer": location,
         }
+        if isinstance(model.head, ClozeHead):
+            ids = model.head.verbalizer_ids
+            config["ptv2"]["cloze"] = {"verbalizer_ids": None if ids is None else ids.tolist(),
+                                       "length_penalty": model.head.length_penalty}
     return config
 
 
@@ -177,6 +188,7 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
                            f"{__version__}, which cannot read its settings ({error}); use that version.") from error
     if settings["task"] != "sequence-classification":
         settings["pooler"] = "auto"
+    settings |= own.get("cloze", {})
     encoder, origin = _load_backbone(folder, name, dtype, device) if backbone is None else load_encoder(
         backbone, dtype=dtype, device=device)
     for part, theirs, ours in (("weights", hashes[0], origin.weights_hash), ("pooler", hashes[1], origin.pooler_hash)):
@@ -202,6 +214,8 @@ def fill(model: PromptedModel, tensors: dict[str, Tensor], folder: Path) -> None
     """Copy the file's tensors into prompt and head. Raises AdapterError naming a missing or mis-shaped one."""
     if model.prompt is not None:
         fill_prompt(model.prompt, tensors, folder)
+    if isinstance(model.head, ClozeHead):
+        return
     prefix = "base_model.classifier."
     split = f"{prefix}out_proj.weight" in tensors
     _copy(model.head.classifier, tensors, f"{prefix}out_proj." if split else prefix, folder)

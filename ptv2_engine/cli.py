@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               "  train     train a prompt on a frozen backbone (ptv2 train --help: all flags)\n"
               "  evaluate  score an adapter on a file\n"
               "  predict   label texts with an adapter\n"
-              "  info      versions, devices, and which backend runs for each op and why")
+              "  info      versions, devices, and which backend runs for each op and why; info MODEL: its sizes")
         return 0
     if argv[0] == "--version":
         from ptv2_engine import __version__
@@ -125,10 +125,23 @@ def _render(rows: list[dict[str, Any]], form: str) -> str:
 
 
 def _info(argv: list[str]) -> None:
-    argparse.ArgumentParser(prog="ptv2 info", description="Versions, devices, backends.").parse_args(argv)
-    from ptv2_engine.info import describe
+    parser = argparse.ArgumentParser(prog="ptv2 info", description="Versions, devices, backends; or the sizes of one model and "
+                                     "of a prompt for it, from its config.json alone.")
+    parser.add_argument("model", nargs="?", help="hub id, local folder, or a published GLM such as glm-10b")
+    parser.add_argument("--prompt_length", "--prompt-length", type=int, default=20)
+    parser.add_argument("--prompt_layers", default="all")
+    parser.add_argument("--method", default="deep")
+    parser.add_argument("--reparameterization", default=None)
+    parser.add_argument("--reparameterization_hidden", type=int, default=512)
+    args = parser.parse_args(argv)
+    from ptv2_engine.info import describe, describe_model
+    from ptv2_engine.prompt import PromptConfig
 
-    print(describe())
+    if args.model is None:
+        print(describe())
+        return
+    prompt = PromptConfig(**{name: value for name, value in vars(args).items() if name != "model"})
+    print(describe_model(args.model, prompt))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Sequence classification on BERT and RoBERTa: frozen pretrained pooler -> dropout -> Linear(H, C). Where a checkpoint has no
 pooler (ELECTRA), or on request, a dense layer is trained in its place: dropout -> Linear(H, H) -> tanh or gelu -> dropout ->
-Linear(H, C), which is transformers' RobertaClassificationHead. Token classification: dropout -> Linear(H, C).
+Linear(H, C). That is transformers' RobertaClassificationHead, and with DeBERTa's pooler_dropout its ContextPooler. Token
+classification: dropout -> Linear(H, C).
 Head parameters are fp32 and hidden states are widened to them: C columns cost nothing, and the logits are exact.
 """
 
@@ -24,15 +25,19 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu
 class SequenceClassificationHead(nn.Module):
     """[B, H] -> fp32 logits [B, C]; takes the frozen pooler's output, or the first token where `activation` trains a dense."""
 
-    def __init__(self, hidden_size: int, num_labels: int, dropout: float, std: float, activation: str | None = None) -> None:
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float, std: float, activation: str | None = None,
+                 pooler_dropout: float | None = None) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
+        self.pooler_dropout = pooler_dropout      # in front of the trained dense; None: the head's
         self.activation = activation
         self.dense = _linear(hidden_size, hidden_size, std) if activation else None
         self.classifier = _linear(hidden_size, num_labels, std)
 
     def forward(self, x_BH: Tensor) -> Tensor:
-        x_BH = self.dropout(x_BH.to(self.classifier.weight.dtype))
+        x_BH = x_BH.to(self.classifier.weight.dtype)
+        first = self.dropout.p if self.pooler_dropout is None else self.pooler_dropout
+        x_BH = F.dropout(x_BH, first, self.training)
         if self.dense is not None and self.activation is not None:
             x_BH = self.dropout(_ACTIVATIONS[self.activation](self.dense(x_BH)))
         return self.classifier(x_BH)

@@ -1,4 +1,4 @@
-"""The text of `ptv2 info`: versions, devices, and for each op which backend runs on which device and why."""
+"""The text of `ptv2 info`: versions, devices, for each op which backend runs on which device and why; or one model's sizes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import platform
 import torch
 
 from ptv2_engine import __version__, build_info, ops
+from ptv2_engine.encoder.checkpoints import model_config
+from ptv2_engine.encoder.weights import empty_encoder
+from ptv2_engine.prompt import PromptBank, PromptConfig
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "datasets", "peft")
 
@@ -35,7 +38,32 @@ def _op_line(op: str, device: str, dtype: torch.dtype) -> str:
     choice = ops.backend_for(op, device, dtype)
     passed = "; ".join(f"{backend}: {', '.join(reasons)}" for backend, reasons in choice.reasons.items() if reasons)
     name = str(dtype).removeprefix("torch.")
-    return f"  {op:<17} {device:<5} {name:<9} {choice.backend:<10}" + (f" ({passed})" if passed else "")
+    return f"  {op:<23} {device:<5} {name:<9} {choice.backend:<10}" + (f" ({passed})" if passed else "")
+
+
+def describe_model(source: str, prompt: PromptConfig) -> str:
+    """Family, sizes and trained parameters of a model, from its config.json alone. Raises ConfigError, WeightError."""
+    config = model_config(source)
+    encoder = empty_encoder(config)
+    sizes, backbone = encoder.config, sum(p.numel() for p in encoder.parameters())
+    with torch.device("meta"):
+        trained = 0 if prompt.method == "none" else sum(p.numel() for p in PromptBank(prompt, sizes).parameters())
+    takes = prompt.method == "shallow" or prompt.method == "deep" and sizes.shifts_positions
+    limit = (f"{sizes.max_length(prompt.prompt_length, takes)} tokens beside the prompt" if sizes.absolute_positions
+             else f"any length (trained on {sizes.max_positions})")
+    layers = prompt.layers(sizes.num_layers)
+    where = {"deep": f"keys and values in {len(layers)} of {sizes.num_layers} layers", "shallow": "input embeddings",
+             "none": "no prompt"}[prompt.method]
+    network = f", {prompt.reparameterization} {prompt.reparameterization_hidden}" if prompt.reparameterization else ""
+    return "\n".join([
+        f"{source}: family {sizes.family}",
+        f"  layers {sizes.num_layers}, hidden {sizes.hidden_size}, heads {sizes.num_heads} of {sizes.head_dim}, "
+        f"ffn {sizes.ffn_size}, vocabulary {sizes.vocab_size}",
+        f"  sequence  {limit}",
+        f"  backbone  {backbone:,} frozen parameters: {backbone * 2 / 2**30:.2f} GiB in bf16, {backbone * 4 / 2**30:.2f} in fp32",
+        f"  prompt    length {prompt.prompt_length}, {where}{network}: {trained:,} trained parameters "
+        f"({100 * trained / backbone:.3f} %), {trained * 16 / 2**20:.1f} MiB with gradient and AdamW state",
+    ])
 
 
 def describe() -> str:

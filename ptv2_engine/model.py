@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptv2_engine.cloze import ClozeHead
 from ptv2_engine.encoder import Encoder, Origin, load_encoder
 from ptv2_engine.errors import ConfigError, InputError
 from ptv2_engine.heads import SequenceClassificationHead, TokenClassificationHead, classification_loss
-from ptv2_engine.packing import PackedBatch, from_packed, pack, unpack
+from ptv2_engine.packing import PackedBatch, from_packed, pack, unpack, with_parts
 from ptv2_engine.prompt import PromptBank, PromptConfig
 
-TASKS = ("sequence-classification", "token-classification")
-LATER = ("question-answering", "multiple-choice", "cloze")
+TASKS = ("sequence-classification", "token-classification", "cloze")
+LATER = ("question-answering", "multiple-choice")
+CLOZE_FAMILIES = ("glm",)            # whose checkpoints bring a language-model head that this stack loads: GLM's is tied
 
 
 class PromptedModel(nn.Module):
@@ -31,11 +33,15 @@ class PromptedModel(nn.Module):
     def __init__(self, encoder: Encoder, origin: Origin, prompt: PromptConfig, *, task: str = "sequence-classification",
                  num_labels: int | None = None, id2label: dict[int, str] | None = None, label2id: dict[str, int] | None = None,
                  pooler: str = "auto", problem_type: str | None = None, shift_positions: bool = True,
-                 head_dropout: float | None = None) -> None:
+                 head_dropout: float | None = None, verbalizer_ids: list[int] | None = None,
+                 length_penalty: float = 0.0) -> None:
         super().__init__()
         if task not in TASKS:
             known = "is planned but not there yet" if task in LATER else "does not exist"
             raise ConfigError(f"task {task!r} {known}; choose one of {', '.join(TASKS)}.")
+        if task == "cloze":
+            _check_cloze(encoder, prompt, verbalizer_ids, num_labels, id2label)
+            num_labels = len(verbalizer_ids) if verbalizer_ids and id2label is None and label2id is None else num_labels
         self.id2label = _labels(origin.config, num_labels, id2label, label2id)
         num_labels = len(self.id2label)
         prompt = replace(prompt)      # a copy: the caller may build several models from one PromptConfig
@@ -45,18 +51,23 @@ class PromptedModel(nn.Module):
             parameter.requires_grad_(False)
         self.prompt = None if prompt.method == "none" else PromptBank(prompt, encoder.config)
         self.pooler_kind = self._pooler_kind(pooler)
-        dropout = _head_dropout(origin.config, encoder) if head_dropout is None else head_dropout
-        size, std = encoder.config.hidden_size, encoder.config.initializer_range
-        self.head: SequenceClassificationHead | TokenClassificationHead
-        if task == "token-classification":
-            self.head = TokenClassificationHead(size, num_labels, dropout, std)
-        else:
-            activation = encoder.config.pooler_activation if self.pooler_kind == "trained" else None
-            self.head = SequenceClassificationHead(size, num_labels, dropout, std, activation)
+        self.head = self._make_head(head_dropout, verbalizer_ids, length_penalty)
         self.config = _transformers_config(origin.config, self.id2label, problem_type)
         if self.prompt is not None:
             self._initialise(prompt)
         self.to(encoder.device)
+
+    def _make_head(self, head_dropout: float | None, verbalizer_ids: list[int] | None,
+                   length_penalty: float) -> SequenceClassificationHead | TokenClassificationHead | ClozeHead:
+        config = self.encoder.config
+        if self.task == "cloze":
+            return ClozeHead(config.vocab_size, verbalizer_ids, length_penalty)
+        dropout = _head_dropout(self.origin.config, self.encoder) if head_dropout is None else head_dropout
+        size, std = config.hidden_size, config.initializer_range
+        if self.task == "token-classification":
+            return TokenClassificationHead(size, self.num_labels, dropout, std)
+        activation = config.pooler_activation if self.pooler_kind == "trained" else None
+        return SequenceClassificationHead(size, self.num_labels, dropout, std, activation, config.pooler_dropout)
 
     def _pooler_kind(self, wanted: str) -> str:
         if wanted not in ("auto", "frozen", "trained"):
@@ -86,11 +97,12 @@ class PromptedModel(nn.Module):
 
         Arguments:
             source: hub id, local folder, or a transformers model that is already in memory.
-            task: "sequence-classification" or "token-classification".
+            task: "sequence-classification", "token-classification" or "cloze" (GLM).
             num_labels, id2label, or label2id (an option): the classes; default those of the checkpoint's config, as in
                 transformers.
             prompt: PromptConfig; default 20 rows in every layer. dtype: of the backbone, default the checkpoint's.
-            options: label2id, pooler ("auto", "frozen", "trained"), problem_type, shift_positions, head_dropout.
+            options: label2id, pooler ("auto", "frozen", "trained"), problem_type, shift_positions, head_dropout; for cloze
+                verbalizer_ids (a token for each class) and length_penalty.
         Returns:
             The model in evaluation mode, as in transformers: call train() before a loop of your own.
         Raises:
@@ -115,7 +127,8 @@ class PromptedModel(nn.Module):
     def max_length(self) -> int:
         """The longest sequence the position table holds beside the prompt."""
         prompt_length = 0 if self.prompt is None else self.prompt_config.prompt_length
-        return self.encoder.config.max_length(prompt_length, self.shift_positions or self.prompt_config.method == "shallow")
+        config, shallow = self.encoder.config, self.prompt_config.method == "shallow"
+        return config.max_length(prompt_length, self.shift_positions and config.shifts_positions or shallow)
 
     def set_backbone_dtype(self, dtype: torch.dtype) -> None:
         """Cast the frozen weights once (bf16 training); prompt and head stay fp32."""
@@ -123,7 +136,9 @@ class PromptedModel(nn.Module):
 
     def set_hidden_dropout(self, p: float) -> None:
         """Backbone's hidden dropout, prompt dropout and head dropout at once: the published --hidden_dropout_prob."""
-        self.encoder.hidden_dropout = self.prompt_config.prompt_dropout = self.head.dropout.p = p
+        self.encoder.hidden_dropout = self.prompt_config.prompt_dropout = p
+        if not isinstance(self.head, ClozeHead):
+            self.head.dropout.p = p
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Raises ConfigError: layers are not recomputed; what they save for backward is small already."""
@@ -151,24 +166,26 @@ class PromptedModel(nn.Module):
             return from_packed(input_ids, seq_lengths, token_type_ids, prompt_ids, max_seqlen=max_seqlen, uncounted_id=uncounted)
         return pack(input_ids, attention_mask, token_type_ids, prompt_ids, uncounted_id=uncounted)
 
-    def hidden_states(self, batch: PackedBatch, seed: Tensor | None = None, first_tokens_only: bool = False) -> Tensor:
-        """x_TH [T, H] of the prompted encoder, or [B, H] of the first tokens."""
+    def hidden_states(self, batch: PackedBatch, seed: Tensor | None = None, first_tokens_only: bool = False,
+                      output_rows_R: Tensor | None = None) -> Tensor:
+        """x_TH [T, H] of the prompted encoder, [B, H] of the first tokens, or [R, H] of some."""
+        rows: dict[str, Any] = {"seed": seed, "first_tokens_only": first_tokens_only, "output_rows_R": output_rows_R}
         if batch.prompt_ids is not None and batch.prompt_ids.device.type == "cpu" and batch.prompt_ids.numel():
             low, high = int(batch.prompt_ids.min()), int(batch.prompt_ids.max())
             if low < 0 or high >= self.prompt_config.num_prompts:
                 raise InputError(f"prompt id {low if low < 0 else high} is outside the bank of {self.prompt_config.num_prompts} "
                                  "prompts; set num_prompts in PromptConfig.")
         if self.prompt is None:
-            return self.encoder(batch, seed=seed, first_tokens_only=first_tokens_only)
+            return self.encoder(batch, **rows)
         if self.prompt_config.method == "shallow":
-            return self.encoder(batch, input_prompt_KPE=self.prompt.rows(), prompt_lengths=self.prompt.prompt_lengths, seed=seed,
-                                first_tokens_only=first_tokens_only)
-        return self.encoder(batch, self.prompt.materialise(self.dtype), seed=seed, shift_positions=self.shift_positions,
-                            first_tokens_only=first_tokens_only)
+            return self.encoder(batch, input_prompt_KPE=self.prompt.rows(), prompt_lengths=self.prompt.prompt_lengths,
+                                **rows)
+        return self.encoder(batch, self.prompt.materialise(self.dtype), shift_positions=self.shift_positions, **rows)
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 token_type_ids: Tensor | None = None, labels: Tensor | None = None, *, prompt_ids: Tensor | None = None,
-                seq_lengths: Tensor | None = None, max_seqlen: int | None = None,
+                seq_lengths: Tensor | None = None, max_seqlen: int | None = None, causal_from: Tensor | None = None,
+                position_ids: Tensor | None = None, candidate_ids: Tensor | None = None, target_ids: Tensor | None = None,
                 num_items_in_batch: int | Tensor | None = None, seed: Tensor | None = None, return_dict: bool = True) -> Any:
         """transformers' forward.
 
@@ -178,14 +195,23 @@ class PromptedModel(nn.Module):
             labels: [B] classes or values, [B, C] multi-label; [B, S] for token classification with -100 ignored.
             prompt_ids: [B], each sequence's prompt in the bank. seed: int64 tensor [1] that fixes
                 the deep prompt's and the backbone's dropout masks.
+            causal_from [B], position_ids [B, 2, S] or [2, T]: GLM's part B (see packing.with_parts). Cloze over candidates:
+                candidate_ids and target_ids, [B, S] or [T]; tasks.cloze makes all four.
         Returns:
-            SequenceClassifierOutput (logits [B, C]) or TokenClassifierOutput (logits [B, S, C], zero where padded); a tuple
-            (loss, logits) with return_dict=False.
+            SequenceClassifierOutput (logits [B, C]; cloze: over verbalizers or candidates) or TokenClassifierOutput (logits
+            [B, S, C], zero where padded); a tuple (loss, logits) with return_dict=False.
         """
         if input_ids is None:
             raise InputError("input_ids is missing; pass the tokenizer's output (inputs_embeds is not taken).")
         batch = self.packed_batch(input_ids, attention_mask, token_type_ids, prompt_ids, seq_lengths, max_seqlen)
-        if self.task == "token-classification":
+        if causal_from is not None or position_ids is not None:
+            if self.encoder.config.family not in CLOZE_FAMILIES:
+                raise InputError(f"causal_from and position_ids are GLM's, but this backbone is {self.encoder.config.family}; "
+                                 "leave them out.")
+            batch = with_parts(batch, causal_from, position_ids, candidate_ids)
+        if isinstance(self.head, ClozeHead):
+            scores = logits = self._cloze_scores(self.head, batch, target_ids, candidate_ids, seed)
+        elif self.task == "token-classification":
             scores = self.head(self.hidden_states(batch, seed))
             logits, labels = unpack(scores, batch), self._packed_labels(labels, batch)
         else:
@@ -198,6 +224,16 @@ class PromptedModel(nn.Module):
 
         output = TokenClassifierOutput if self.task == "token-classification" else SequenceClassifierOutput
         return output(loss=loss, logits=logits)
+
+    def _cloze_scores(self, head: ClozeHead, batch: PackedBatch, target_ids: Tensor | None, candidate_ids: Tensor | None,
+                      seed: Tensor | None) -> Tensor:
+        """fp32 [B, C]; the last layer and the vocabulary are computed for the rows that predict something only."""
+        word_VH = self.encoder.embeddings.word
+        if target_ids is None:
+            return head.verbalize(self.hidden_states(batch, seed, output_rows_R=head.sop_rows(batch)), word_VH)
+        rows_R, targets_R = head.target_rows(target_ids, batch)
+        h_RH = self.hidden_states(batch, seed, output_rows_R=rows_R)
+        return head.score(h_RH, word_VH, rows_R, targets_R, candidate_ids, batch)
 
     def _packed_labels(self, labels: Tensor | None, batch: PackedBatch) -> Tensor | None:
         if labels is None or labels.dim() == 1:
@@ -242,6 +278,21 @@ class PromptedModel(nn.Module):
         return from_thudm(cls, file, base, **options)
 
 
+def _check_cloze(encoder: Encoder, prompt: PromptConfig, verbalizer_ids: list[int] | None, num_labels: int | None,
+                 id2label: dict[int, str] | None) -> None:
+    """Raises ConfigError for a cloze model that cannot be or has nothing to train."""
+    family = encoder.config.family
+    if family not in CLOZE_FAMILIES:
+        raise ConfigError(f"task 'cloze' needs a backbone with a language-model head that this stack loads "
+                          f"({', '.join(CLOZE_FAMILIES)}), but this one is {family}; use task='sequence-classification'.")
+    if prompt.method == "none":
+        raise ConfigError("task 'cloze' with method='none' has nothing to train: its head is the frozen language model; use "
+                          "method='deep' or 'shallow'.")
+    classes = num_labels if num_labels is not None else None if id2label is None else len(id2label)
+    if verbalizer_ids is not None and classes is not None and classes != len(verbalizer_ids):
+        raise ConfigError(f"{len(verbalizer_ids)} verbalizer_ids do not fit {classes} labels; pass one token for each label.")
+
+
 def _labels(config: dict[str, Any], num_labels: int | None, id2label: dict[int, str] | None,
             label2id: dict[str, int] | None) -> dict[int, str]:
     """transformers' rule: the names given, else the checkpoint's where their number fits, else LABEL_0, LABEL_1, ..."""
@@ -272,8 +323,10 @@ def _head_dropout(config: dict[str, Any], encoder: Encoder) -> float:
 
 def _transformers_config(config: dict[str, Any], id2label: dict[int, str], problem_type: str | None) -> Any:
     """The backbone's transformers config with our labels: what Trainer's callbacks and the hub expect to find."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
-    labels = {"id2label": id2label, "label2id": {n: i for i, n in id2label.items()}, "problem_type": problem_type}
+    labels: dict[str, Any] = {"id2label": id2label, "label2id": {n: i for i, n in id2label.items()}, "problem_type": problem_type}
     plain = {k: v for k, v in config.items() if k not in ("model_type", "id2label", "label2id", "num_labels", "problem_type")}
+    if config["model_type"] == "glm":        # transformers' class of that name is another architecture
+        return PretrainedConfig(**plain, **labels)
     return AutoConfig.for_model(config["model_type"], **plain, **labels)

@@ -28,6 +28,9 @@ class PackedBatch:
     cu_seqlens: int32 [B+1]. max_seqlen: int. prompt_ids: int64 [B] or None. grid_T: int64 [T], the cell of each token in
     the padded [B * S] grid, with its shape (B, S). num_positions: int, no position_ids_T reaches it; more than max_seqlen
     where masked cells stand before tokens.
+
+    GLM: block_ids_T int64 [T] or None, the second position; causal_from int64 [B] or None, where part B starts;
+    first_key_T int64 [T] or None, the first token of part B that a token there sees (see ops.key_ranges).
     """
 
     input_ids_T: Tensor
@@ -39,6 +42,9 @@ class PackedBatch:
     grid_T: Tensor
     shape: tuple[int, int]
     num_positions: int
+    block_ids_T: Tensor | None = None
+    causal_from: Tensor | None = None
+    first_key_T: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -153,6 +159,60 @@ def from_packed(input_ids_T: Tensor, seq_lengths: Tensor, token_type_ids_T: Tens
                        grid_T=owner * max_seqlen + column, shape=(B, max_seqlen), num_positions=max_seqlen)
 
 
+def rows_of(x: Tensor, batch: PackedBatch, name: str) -> Tensor:
+    """A value a token, int64 [T], from the caller's padded [B, S] or packed [T]. Raises InputError for other shapes."""
+    if x.shape == batch.shape:
+        return x.flatten()[batch.grid_T].long()
+    if x.shape != (batch.num_tokens,):
+        raise InputError(f"{name} is {tuple(x.shape)}, but the batch is {batch.shape} padded or {(batch.num_tokens,)} packed; "
+                         "pass one value a token.")
+    return x.long()
+
+
+def with_parts(batch: PackedBatch, causal_from: Tensor | None = None, position_ids: Tensor | None = None,
+               candidate_ids: Tensor | None = None) -> PackedBatch:
+    """GLM's inputs: where part B starts, both positions of each token, and which candidate answer it belongs to.
+
+    Arguments:
+        causal_from: integer [B], tokens of part A; None: everything is part A.
+        position_ids: [B, 2, S] or packed [2, T]: positions and block positions. None is legal without a part B only.
+        candidate_ids: [B, S] or [T], the index of each part B token's candidate, -1 in part A; None: one answer.
+    Raises:
+        InputError.
+    """
+    if causal_from is None and position_ids is None:
+        return batch
+    if causal_from is not None:
+        _check_ids("causal_from", causal_from, 1, "[batch]")
+        if causal_from.shape != (batch.num_sequences,):
+            raise InputError(f"causal_from is {tuple(causal_from.shape)}, but there are {batch.num_sequences} sequences; pass "
+                             "the length of each one's part A.")
+        if position_ids is None:
+            raise InputError("causal_from was given without position_ids, but the tokens of part B take the position of their "
+                             "[MASK]; pass both (cloze_features makes them).")
+        causal_from = causal_from.to(batch.cu_seqlens.device).long()
+    blocks_T = None
+    if position_ids is not None:
+        if position_ids.dim() not in (2, 3) or position_ids.shape[-2] != 2:
+            raise InputError(f"position_ids is {tuple(position_ids.shape)}, but [batch, 2, sequence] or packed [2, tokens] is "
+                             "expected: positions, then block positions.")
+        positions_T, blocks_T = (rows_of(position_ids[..., i, :], batch, "position_ids") for i in range(2))
+        batch = replace(batch, position_ids_T=positions_T, num_positions=batch.max_seqlen)
+    first_T = None
+    if candidate_ids is not None and causal_from is not None:
+        first_T = _first_of_candidate(rows_of(candidate_ids, batch, "candidate_ids"), batch)
+    return replace(batch, block_ids_T=blocks_T, causal_from=causal_from, first_key_T=first_T)
+
+
+def _first_of_candidate(candidates_T: Tensor, batch: PackedBatch) -> Tensor:
+    """int64 [T]: the index in its sequence where each token's candidate starts; candidates lie one after the other."""
+    rows = torch.arange(batch.num_tokens, device=candidates_T.device)
+    owner = batch.sequence_of_token()
+    starts = torch.ones_like(candidates_T, dtype=torch.bool)
+    starts[1:] = (candidates_T[1:] != candidates_T[:-1]) | (owner[1:] != owner[:-1])
+    return torch.where(starts, rows, 0).cummax(0).values - batch.cu_seqlens[:-1].long()[owner]
+
+
 def _check_lengths(seq_lengths: Tensor, num_tokens: int, max_seqlen: int | None) -> None:
     lengths = seq_lengths.tolist()
     if min(lengths, default=0) < 0:
@@ -188,7 +248,8 @@ class PackedCollator:
     """Features of tokenised examples -> one packed batch, as a dictionary that PromptedModel.forward takes.
 
     Each feature holds input_ids (a list, not padded) and optionally token_type_ids, label / labels / label_ids (a number,
-    or a list for token classification) and prompt_ids (the example's prompt in a bank). The result holds
+    or a list for token classification), prompt_ids (the example's prompt in a bank) and for cloze causal_from, position_ids (two
+    lists), candidate_ids and target_ids. The result holds
     seq_lengths [B] first (transformers takes the batch size from the first tensor), input_ids [T], max_seqlen, and labels
     [B], or [B, S] filled with -100.
 
@@ -210,6 +271,13 @@ class PackedCollator:
             batch["token_type_ids"] = torch.tensor([t for f in features for t in f["token_type_ids"]], dtype=torch.long)
         if features and "prompt_ids" in features[0]:
             batch["prompt_ids"] = torch.tensor([int(f["prompt_ids"]) for f in features])
+        if features and "position_ids" in features[0]:
+            batch["position_ids"] = torch.tensor([[p for f in features for p in f["position_ids"][i]] for i in range(2)])
+        if features and "causal_from" in features[0]:
+            batch["causal_from"] = torch.tensor([int(f["causal_from"]) for f in features])
+        for key in ("candidate_ids", "target_ids"):
+            if features and key in features[0]:
+                batch[key] = torch.tensor([t for f in features for t in f[key]], dtype=torch.long)
         name = next((n for n in ("labels", "label", "label_ids") if features and n in features[0]), None)
         if name is not None:
             batch["labels"] = _labels([f[name] for f in features], batch["max_seqlen"])

@@ -80,17 +80,24 @@ def poisoned_memory(value: float = float("nan")) -> Iterator[None]:
 
 
 def tiny_config(family: str = "bert", **overrides: Any) -> Any:
-    """A transformers config of a tiny random model: 3 layers, hidden 64, 4 heads, vocabulary 120, 80 positions."""
+    """A transformers config of a tiny random model: 3 layers, hidden 64, 4 heads, vocabulary 120, 80 positions.
+
+    DeBERTa v1 clamps distances at 32; "deberta-v2" is v3's kind (log buckets, shared projections, normed table).
+    """
     import transformers
 
     classes = {"bert": "BertConfig", "roberta": "RobertaConfig", "xlm-roberta": "XLMRobertaConfig",
-               "electra": "ElectraConfig", "camembert": "CamembertConfig"}
+               "electra": "ElectraConfig", "camembert": "CamembertConfig", "deberta": "DebertaConfig",
+               "deberta-v2": "DebertaV2Config", "modernbert": "ModernBertConfig"}
+    relative: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False,
+                                "type_vocab_size": 0}
+    own: dict[str, dict[str, Any]] = {"electra": {"embedding_size": 32}, "deberta": relative | {"max_relative_positions": 32},
+           "deberta-v2": relative | {"position_buckets": 16, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+           "modernbert": {"local_attention": 12, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}}
     settings = {"vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
                 "intermediate_size": 128, "max_position_embeddings": 80, "type_vocab_size": 2, "initializer_range": 0.2,
-                "pad_token_id": 0 if family in ("bert", "electra") else 1}
-    if family == "electra":
-        settings["embedding_size"] = 32
-    return getattr(transformers, classes[family])(**settings | overrides)
+                "pad_token_id": 1 if family in ("roberta", "xlm-roberta", "camembert") else 0}
+    return getattr(transformers, classes[family])(**settings | own.get(family, {}) | overrides)
 
 
 def tiny_model(family: str = "bert", head: str | None = None, seed: int = 0, **overrides: Any) -> Any:
@@ -108,7 +115,7 @@ def tiny_model(family: str = "bert", head: str | None = None, seed: int = 0, **o
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.1)
-            elif "LayerNorm" in name:
+            elif parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
     return model
 

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ptv2_engine.encoder.glm_sizes import SIZES
+from ptv2_engine.encoder.megatron import open_megatron
 from ptv2_engine.errors import CheckpointError, ConfigError, WeightError
 
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
@@ -151,6 +153,25 @@ def _files(source: str, filename: str) -> list[Path] | None:
     return shards
 
 
+def model_config(source: str | Path | nn.Module) -> dict[str, Any]:
+    """The config dictionary alone: of a hub id, a folder, a model in memory, or a published GLM by name ("glm-10b").
+
+    Raises ConfigError, WeightError or CheckpointError.
+    """
+    if isinstance(source, nn.Module):
+        return open_checkpoint(source).config
+    name = str(source).rpartition("/")[2].lower()
+    if name in SIZES and not Path(source).exists():
+        return dict(SIZES[name])
+    if (megatron := open_megatron(source)) is not None:
+        return megatron.config
+    config_file = _locate(str(source), "config.json")
+    if config_file is None:
+        raise ConfigError(f"{str(source)!r} has no config.json; pass a folder or hub id of a transformers checkpoint, or a "
+                          f"published GLM by name ({', '.join(SIZES)}).")
+    return _read_json(config_file)
+
+
 def open_checkpoint(source: str | Path | nn.Module) -> Checkpoint:
     """Open a hub id, a local folder, or a transformers model in memory. Nothing but headers is read yet.
 
@@ -163,6 +184,8 @@ def open_checkpoint(source: str | Path | nn.Module) -> Checkpoint:
         location = getattr(config, "_name_or_path", "") or "a model in memory"
         return TensorDictionary(location, config.to_dict(), source.state_dict())
     source = str(source)
+    if (megatron := open_megatron(source)) is not None:
+        return megatron
     config_file = _locate(source, "config.json")
     if config_file is None:
         raise ConfigError(f"{source!r} has no config.json; pass a folder or hub id of a transformers checkpoint.")

@@ -14,6 +14,31 @@ _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 
 
 @dataclass(frozen=True)
+class RelativeConfig:
+    """DeBERTa's relative positions: which scores there are, and how a distance becomes a table row (see slots_of)."""
+
+    terms: tuple[str, ...]             # of "c2p", "p2c"
+    span: int                          # the tables have 2 * span rows
+    buckets: int                       # 0: no log buckets
+    max_distance: int
+    projections: str                   # "own" (v1), "biased" (v2, not shared), "shared" with q and k (v2, v3)
+    norm: bool                         # LayerNorm over the table
+    conv_kernel: int = 0               # v2: a convolution beside layer 0; 0: none
+    conv_activation: str = "tanh"
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """ModernBERT's rotary positions and sliding windows, a layer each."""
+
+    thetas: tuple[float, ...]
+    windows: tuple[int | None, ...]    # tokens see |i - j| <= window; None: all
+    attention_bias: bool = False
+    ffn_bias: bool = False
+    norm_bias: bool = False
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
     """Sizes and switches, read from a checkpoint's config.json by its family."""
 
@@ -35,6 +60,11 @@ class EncoderConfig:
     counts_pads: bool                  # positions are columns (BERT), or count the tokens that are not padding (RoBERTa)
     initializer_range: float
     pooler_activation: str = "tanh"
+    pooler_dropout: float | None = None            # in front of a trained pooler; None: the head's own
+    absolute_positions: bool = True                # False: any length; max_positions is what the model was trained on
+    shifts_positions: bool = True                  # a deep prompt shifts the tokens' positions, as published for BERT
+    relative: RelativeConfig | None = None         # DeBERTa
+    rotary: RotaryConfig | None = None             # ModernBERT
 
     @property
     def head_dim(self) -> int:
@@ -52,7 +82,7 @@ class EncoderConfig:
     def check_length(self, length: int, prompt_length: int, shift_positions: bool) -> None:
         """Raises SequenceTooLong when prompt and sequence do not fit the position table together."""
         limit = self.max_length(prompt_length, shift_positions)
-        if length <= limit:
+        if length <= limit or not self.absolute_positions:
             return
         shifted = f"prompt_length {prompt_length} + " if shift_positions and prompt_length else ""
         total = length + (prompt_length if shift_positions else 0)
@@ -62,27 +92,39 @@ class EncoderConfig:
             + (", use a shorter prompt, or set shift_positions=False." if shifted else "."))
 
 
-def read_common(config: Mapping[str, Any], family: str, *, position_offset: int, counts_pads: bool,
+def refuse_switch(family: str, name: str, value: Any, supported: str) -> None:
+    """Raise ConfigError for a switch of config.json that would change the computation and that this stack does not have."""
+    raise ConfigError(f"{family} checkpoint has {name} = {value!r}, but this stack computes {supported}; "
+                      "use a checkpoint of that kind.")
+
+
+def activation_of(config: Mapping[str, Any], family: str, key: str = "hidden_act", default: str = "gelu") -> str:
+    """What linear_gelu calls approximate. Raises ConfigError for activations that are no GELU."""
+    act = config.get(key, default)
+    if act not in _ACTIVATIONS:
+        refuse_switch(family, key, act, f"one of {', '.join(sorted(_ACTIVATIONS))}")
+    return _ACTIVATIONS[act]
+
+
+def read_common(config: Mapping[str, Any], family: str, *, position_offset: int, counts_pads: bool, no_types: bool = False,
                 **switches: Any) -> EncoderConfig:
     """The part of config.json that all BERT-like families spell the same way.
 
     Raises ConfigError for switches that would change the computation and that this stack does not have.
     """
     def refuse(name: str, value: Any, supported: str) -> None:
-        raise ConfigError(f"{family} checkpoint has {name} = {value!r}, but this stack computes {supported}; "
-                          "use a checkpoint of that kind.")
+        refuse_switch(family, name, value, supported)
 
-    act = config.get("hidden_act", "gelu")
-    if act not in _ACTIVATIONS:
-        refuse("hidden_act", act, f"one of {', '.join(sorted(_ACTIVATIONS))}")
+    activation = activation_of(config, family)
     if config.get("position_embedding_type", "absolute") not in (None, "absolute"):
         refuse("position_embedding_type", config["position_embedding_type"], "absolute position embeddings")
     for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
         if config.get(name):
             refuse(name, config[name], "bidirectional encoders")
     for name in _SIZES:
-        if not isinstance(config.get(name), int) or config[name] < 1:
-            refuse(name, config.get(name), "sizes of 1 or more")
+        least = 0 if name == "type_vocab_size" and no_types else 1
+        if not isinstance(config.get(name), int) or config[name] < least:
+            refuse(name, config.get(name), f"sizes of {least} or more")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if hidden % heads:
         refuse("num_attention_heads", heads, f"head counts that divide hidden_size {hidden}")
@@ -90,7 +132,7 @@ def read_common(config: Mapping[str, Any], family: str, *, position_offset: int,
         family=family, vocab_size=config["vocab_size"], hidden_size=hidden, num_layers=config["num_hidden_layers"],
         num_heads=heads, ffn_size=config["intermediate_size"], max_positions=config["max_position_embeddings"],
         type_vocab_size=config["type_vocab_size"], embedding_size=config.get("embedding_size") or hidden,
-        layer_norm_eps=config.get("layer_norm_eps", 1e-12), activation=_ACTIVATIONS[act],
+        layer_norm_eps=config.get("layer_norm_eps", 1e-12), activation=activation,
         hidden_dropout=config.get("hidden_dropout_prob", 0.1), attention_dropout=config.get("attention_probs_dropout_prob", 0.1),
         pad_token_id=config.get("pad_token_id") or 0, position_offset=position_offset, counts_pads=counts_pads,
         initializer_range=config.get("initializer_range", 0.02), **switches)

@@ -7,13 +7,14 @@ from typing import Any
 
 from ptv2_engine.encoder import bert
 from ptv2_engine.encoder.config import EncoderConfig, read_common
+from ptv2_engine.encoder.sources import Source
 
 MODEL_TYPES = ("electra",)
 PREFIXES = ("electra.",)
 HEADS = ("discriminator_predictions.", "generator_predictions.", "generator_lm_head.", "classifier.", "qa_outputs.",
          "sequence_summary.")
 BUFFERS = bert.BUFFERS
-POOLER: dict[str, tuple[str, ...]] = {}
+POOLER: dict[str, Source] = {}
 names = bert.names
 
 

@@ -14,14 +14,17 @@ from ptv2_engine.packing import PackedBatch
 
 
 class Embeddings(nn.Module):
-    """word + position + type, LayerNorm, dropout; for ELECTRA a projection from embedding to hidden size."""
+    """word + position + type (the tables a family has), LayerNorm, dropout; for ELECTRA a projection to the hidden size."""
+
+    late_dropout = False               # True: the first layer's add_norm draws the embeddings' dropout
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         E = config.embedding_size
         self.config = config
-        self.word, self.position = frozen(config.vocab_size, E), frozen(config.max_positions, E)
-        self.token_type = frozen(config.type_vocab_size, E)
+        self.word = frozen(config.vocab_size, E)
+        self.position = frozen(config.max_positions, E) if config.absolute_positions else None
+        self.token_type = frozen(config.type_vocab_size, E) if config.type_vocab_size else None
         self.norm_weight, self.norm_bias = frozen(E), frozen(E)
         self.project = frozen_linear_of(config.hidden_size, E) if config.hidden_size != E else None
 
@@ -43,7 +46,11 @@ class Embeddings(nn.Module):
         """Trainable input embeddings [K, P, E] as hidden rows [K, P, H]: position 0..P-1, type 0, LayerNorm, with gradient."""
         K, P, E = prompt_KPE.shape
         offset = self.config.position_offset
-        rest_PE = self.position[offset:offset + P] + self.token_type[0]
+        rest_PE = torch.zeros_like(prompt_KPE[0])
+        if self.position is not None:
+            rest_PE = rest_PE + self.position[offset:offset + P]
+        if self.token_type is not None:
+            rest_PE = rest_PE + self.token_type[0]
         rows = add_norm(prompt_KPE.reshape(K * P, E), rest_PE.repeat(K, 1), self.norm_weight, self.norm_bias,
                         self.config.layer_norm_eps)
         return (rows if self.project is None else self.project(rows)).view(K, P, -1)
@@ -54,7 +61,7 @@ class Embeddings(nn.Module):
                 ("token id", batch.input_ids_T, self.config.vocab_size, "use the tokenizer that belongs to the backbone"),
                 ("token type", batch.token_type_ids_T, self.config.type_vocab_size,
                  "leave token_type_ids out or use the tokenizer that belongs to the backbone")):
-            if ids is None or not ids.numel():
+            if ids is None or not ids.numel() or not limit:      # token types of a family without them are not looked at
                 continue
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= limit:

@@ -10,7 +10,8 @@ Saved for backward in bf16: q, k, v 6H, x_hat twice 4H, the GELU code 4H bytes a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ptv2_engine.encoder.config import EncoderConfig
 from ptv2_engine.ops import FrozenLinear, add_norm, linear_gelu, prefix_attention_qkv
 
 SITES = 4      # Philox call sites a layer: 0 attention, 1 add_norm after attention, 2 add_norm after the FFN
+Ranges = tuple[Tensor, Tensor]      # context_B, key_range_T2 of prefix_attention
 
 
 class Prefix(NamedTuple):
@@ -42,6 +44,17 @@ class Step(NamedTuple):
     hidden_dropout: float
     attention_dropout: float
     seed: Tensor | None
+    ranges: Ranges | None = None       # GLM: which tokens a query sees
+    slots: Tensor | None = None        # DeBERTa: distance -> row of the relative tables
+    windows: Mapping[int | None, Ranges] | None = None       # ModernBERT: window -> ranges
+    rotary: Mapping[float, Tensor] | None = None        # ModernBERT: theta -> cos and sin
+    positions_T: Tensor | None = None                   # ModernBERT: the rotary position of each row
+    record: list[Tensor] | None = None                  # collects each layer's qkv [T, 3, N, D]
+
+    def attention(self, site: int) -> dict[str, Any]:
+        """The arguments that every attention op takes."""
+        return {"prompt_ids": self.prompt_ids, "prompt_lengths": self.prompt_lengths, "dropout_p": self.attention_dropout,
+                "prefix_dropout_p": self.prefix_dropout, "seed": self.seed, "site": site}
 
 
 def frozen(*shape: int, like: torch.device | str = "meta") -> nn.Parameter:
@@ -49,8 +62,9 @@ def frozen(*shape: int, like: torch.device | str = "meta") -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, device=like), requires_grad=False)
 
 
-def frozen_linear_of(out_features: int, in_features: int) -> FrozenLinear:
-    return FrozenLinear(torch.empty(out_features, in_features, device="meta"), torch.empty(out_features, device="meta"))
+def frozen_linear_of(out_features: int, in_features: int, bias: bool = True) -> FrozenLinear:
+    weight = torch.empty(out_features, in_features, device="meta")
+    return FrozenLinear(weight, torch.empty(out_features, device="meta") if bias else None)
 
 
 class EncoderLayer(nn.Module):
@@ -68,15 +82,24 @@ class EncoderLayer(nn.Module):
         self.ffn_down = frozen_linear_of(H, F)
         self.ffn_norm_weight, self.ffn_norm_bias = frozen(H), frozen(H)
 
+    def project(self, x_TH: Tensor, step: Step) -> Tensor:
+        """q, k, v [T, 3, N, D] of the tokens."""
+        qkv_T3ND = self.qkv(x_TH).view(x_TH.shape[0], 3, self.num_heads, self.head_dim)
+        if step.record is not None:
+            step.record.append(qkv_T3ND)
+        return qkv_T3ND
+
+    def attend(self, x_TH: Tensor, step: Step, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None) -> Tensor:
+        """The attention's output o_TND, before its projection."""
+        context_B, key_range_T2 = step.ranges or (None, None)
+        return prefix_attention_qkv(self.project(x_TH, step), prefix_k_KPND, prefix_v_KPND, step.cu_seqlens, step.max_seqlen,
+                                    context_B=context_B, key_range_T2=key_range_T2, **step.attention(SITES * self.index))
+
     def forward(self, x_TH: Tensor, step: Step, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None,
                 rows_R: Tensor | None = None) -> Tensor:
         """rows_R: the rows that are needed of the output, [R, H] then; attention still sees all T tokens."""
         site = SITES * self.index
-        qkv_T3ND = self.qkv(x_TH).view(x_TH.shape[0], 3, self.num_heads, self.head_dim)
-        o_TND = prefix_attention_qkv(
-            qkv_T3ND, prefix_k_KPND, prefix_v_KPND, step.cu_seqlens, step.max_seqlen, prompt_ids=step.prompt_ids,
-            prompt_lengths=step.prompt_lengths, dropout_p=step.attention_dropout, prefix_dropout_p=step.prefix_dropout,
-            seed=step.seed, site=site)
+        o_TND = self.attend(x_TH, step, prefix_k_KPND, prefix_v_KPND)
         if rows_R is not None:
             o_TND, x_TH = o_TND.index_select(0, rows_R), x_TH.index_select(0, rows_R)
         x_TH = add_norm(self.attn_out(o_TND.flatten(1)), x_TH, self.attn_norm_weight, self.attn_norm_bias, self.eps,

@@ -22,11 +22,14 @@ from ptv2_engine.packing import PackedBatch, from_packed
 class Encoder(nn.Module):
     """A frozen pretrained encoder on packed batches. Made by `Encoder.from_pretrained`; its parameters never train."""
 
+    layer_class: type[nn.Module] = EncoderLayer
+    embeddings_class: type[Embeddings] = Embeddings
+
     def __init__(self, config: EncoderConfig, with_pooler: bool) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.num_layers))
+        self.embeddings = self.embeddings_class(config)
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_layers))
         self.pooler: FrozenLinear | None = frozen_linear_of(config.hidden_size, config.hidden_size) if with_pooler else None
         self.hidden_dropout = config.hidden_dropout
         self.attention_dropout = config.attention_dropout
@@ -51,6 +54,9 @@ class Encoder(nn.Module):
         """Bytes of weights packed for oneDNN, beside the plain ones."""
         return sum(m.packed_bytes() for m in self.modules() if isinstance(m, FrozenLinear))
 
+    def finish_loading(self) -> None:
+        """What a family computes once from its loaded, frozen weights."""
+
     def _shift(self, batch: PackedBatch, length: int, prompt_lengths: Tensor | None) -> Tensor | int:
         if prompt_lengths is None or not length:
             return length
@@ -59,7 +65,7 @@ class Encoder(nn.Module):
 
     def forward(self, batch: PackedBatch, prefix: Prefix | None = None, *, input_prompt_KPE: Tensor | None = None,
                 prompt_lengths: Tensor | None = None, seed: Tensor | None = None, shift_positions: bool = True,
-                first_tokens_only: bool = False) -> Tensor:
+                first_tokens_only: bool = False, output_rows_R: Tensor | None = None) -> Tensor:
         """The last hidden states of a packed batch.
 
         Arguments:
@@ -69,9 +75,10 @@ class Encoder(nn.Module):
                 prompt_lengths int64 [K] says how many rows of each are used.
             seed: int64 tensor [1] on the device; drawn from torch's generator when a dropout is on and it is None.
             shift_positions: tokens take the positions behind the prompt, as published.
-            first_tokens_only: return [B, H], each sequence's first token (zeros for an empty one). The last layer then does
-                everything behind its attention for B rows instead of T: 9/12 of a layer's products saved. The same numbers,
-                but for dropout: the last layer's masks are those of B rows.
+            output_rows_R: int64 [R], tokens whose states are wanted, [R, H] then. The last layer does everything behind its
+                attention for R rows instead of T: 9/12 of a layer's products saved. The same numbers, but for dropout: the
+                last layer's masks are those of R rows.
+            first_tokens_only: the first token of each sequence, [B, H] (zeros for an empty one).
         Returns:
             x_TH [T, H]: rows of the tokens only.
         Raises:
@@ -79,7 +86,7 @@ class Encoder(nn.Module):
         """
         length = prefix.length if prefix is not None else 0 if input_prompt_KPE is None else input_prompt_KPE.shape[1]
         lengths = prefix.prompt_lengths if prefix is not None else prompt_lengths
-        shifts = shift_positions or input_prompt_KPE is not None
+        shifts = self._shifts(shift_positions, input_prompt_KPE)
         self.config.check_length(batch.num_positions, length, shifts)
         if batch.input_ids_T.device.type == "cpu":
             self.embeddings.validate(batch)
@@ -91,45 +98,57 @@ class Encoder(nn.Module):
 
         x_TH = self.embeddings(batch, self._shift(batch, length, lengths) if shifts else 0, hidden, seed,
                                SITES * len(self.layers))
-        cu_seqlens, max_seqlen, token_rows = batch.cu_seqlens, batch.max_seqlen, None
+        step = Step(batch.cu_seqlens, batch.max_seqlen, batch.prompt_ids, None if prefix is None else prefix.prompt_lengths,
+                    prefix_dropout, hidden, attention, seed)
+        token_rows = None
         if input_prompt_KPE is not None:
             prompt_KPH = self.embeddings.prompt_rows(input_prompt_KPE.to(self.dtype))
-            x_TH, cu_seqlens, token_rows, max_seqlen = insert_rows(x_TH, batch, prompt_KPH, prompt_lengths, hidden)
-        step = Step(cu_seqlens, max_seqlen, batch.prompt_ids, None if prefix is None else prefix.prompt_lengths, prefix_dropout,
-                    hidden, attention, seed)
+            x_TH, cu_seqlens, token_rows, max_seqlen = insert_rows(x_TH, batch, prompt_KPH, prompt_lengths,
+                                                                   0.0 if self.embeddings.late_dropout else hidden)
+            step = step._replace(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         if first_tokens_only and not batch.num_tokens:
             return x_TH.new_zeros(batch.num_sequences, self.config.hidden_size)
-        rows = self._first_rows(batch, token_rows) if first_tokens_only else token_rows
-        for i, layer in enumerate(self.layers):
-            last = i == len(self.layers) - 1
-            x_TH = layer(x_TH, step, *((None, None) if prefix is None else (prefix.k[i], prefix.v[i])), rows if last else None)
+        if first_tokens_only:
+            output_rows_R = batch.cu_seqlens[:-1].long().clamp(max=batch.num_tokens - 1)    # any row for an empty sequence
+        rows = output_rows_R if output_rows_R is None or token_rows is None else token_rows[output_rows_R]
+        x_TH = self.run_layers(x_TH, self.prepare(step, batch, x_TH.shape[0], token_rows), prefix,
+                               token_rows if rows is None else rows)
         if first_tokens_only:
             return x_TH * (batch.lengths() > 0).to(x_TH.dtype)[:, None]
         return x_TH
 
-    @staticmethod
-    def _first_rows(batch: PackedBatch, token_rows_T: Tensor | None) -> Tensor:
-        """int64 [B]: the row of each sequence's first token; any row for an empty sequence."""
-        rows = batch.cu_seqlens[:-1].long().clamp(max=batch.num_tokens - 1)
-        return rows if token_rows_T is None else token_rows_T[rows]
+    def _shifts(self, shift_positions: bool, input_prompt_KPE: Tensor | None) -> bool:
+        """Whether a prompt moves the tokens' positions; rows at the input always stand in front of the tokens."""
+        return shift_positions and self.config.shifts_positions or input_prompt_KPE is not None
+
+    def prepare(self, step: Step, batch: PackedBatch, num_rows: int, token_rows_T: Tensor | None) -> Step:
+        """What a family's layers share beside the sequences: made once a forward pass. step knows the inserted prompt rows."""
+        return step
+
+    def run_layers(self, x_TH: Tensor, step: Step, prefix: Prefix | None, rows_R: Tensor | None) -> Tensor:
+        """Embeddings -> the last hidden states, all rows or rows_R."""
+        for i, layer in enumerate(self.layers):
+            x_TH = layer(x_TH, step, *of_layer(prefix, i), rows_R if i == len(self.layers) - 1 else None)
+        return x_TH
 
     @torch.no_grad()
     def keys_values(self, ids_P: Tensor) -> Tensor:
         """fp32 [L, 2, P, H]: the keys and values of one sequence of tokens in every layer, without dropout."""
         batch = from_packed(ids_P, torch.tensor([ids_P.shape[0]], device=ids_P.device), uncounted_id=self.config.uncounted_id)
-        step = Step(batch.cu_seqlens, batch.max_seqlen, None, None, 0.0, 0.0, 0.0, None)
+        record: list[Tensor] = []
+        step = Step(batch.cu_seqlens, batch.max_seqlen, None, None, 0.0, 0.0, 0.0, None, record=record)
         x_TH = self.embeddings(batch, 0, 0.0, None, 0)
-        found = []
-        for layer in self.layers:
-            assert isinstance(layer, EncoderLayer)
-            found.append(layer.qkv(x_TH).float().unflatten(1, (3, -1))[:, 1:].transpose(0, 1))
-            x_TH = layer(x_TH, step, None, None)
-        return torch.stack(found)
+        self.run_layers(x_TH, self.prepare(step, batch, x_TH.shape[0], None), None, None)
+        return torch.stack([qkv_T3ND[:, 1:].float().flatten(2).transpose(0, 1) for qkv_T3ND in record])
 
     def pool(self, first_BH: Tensor) -> Tensor:
         """The pretrained, frozen pooler: tanh(x W + b)."""
         assert self.pooler is not None, "this checkpoint has no pooler"
         return torch.tanh(self.pooler(first_BH))
+
+
+def of_layer(prefix: Prefix | None, i: int) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if prefix is None else (prefix.k[i], prefix.v[i])
 
 
 def _check_prompts(batch: PackedBatch, prefix: Prefix | None, input_prompt_KPE: Tensor | None, length: int,

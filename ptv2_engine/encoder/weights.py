@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ptv2_engine.encoder import bert, electra, roberta
+from ptv2_engine.encoder import bert, deberta, deberta_v2, electra, glm, modernbert, roberta
 from ptv2_engine.encoder.checkpoints import Checkpoint, open_checkpoint
 from ptv2_engine.encoder.config import EncoderConfig
+from ptv2_engine.encoder.sources import Source
 from ptv2_engine.encoder.stack import Encoder
 from ptv2_engine.errors import ConfigError, WeightError
 
-FAMILIES = {model_type: family for family in (bert, roberta, electra) for model_type in family.MODEL_TYPES}
+FAMILIES = {model_type: family for family in (bert, roberta, electra, deberta, deberta_v2, glm, modernbert)
+            for model_type in family.MODEL_TYPES}
 _HASH_SAMPLES = 256
 
 
@@ -50,7 +52,8 @@ def _canonical(checkpoint: Checkpoint, family: ModuleType) -> dict[str, str]:
     Also renames the LayerNorm.gamma / .beta of the first BERT checkpoints.
     """
     names = list(checkpoint.names())
-    prefix = next((p for p in family.PREFIXES if any(n.startswith(f"{p}embeddings.") for n in names)), "")
+    anchor = getattr(family, "ANCHOR", "embeddings.")      # how names start once the model's own prefix is gone
+    prefix = next((p for p in family.PREFIXES if any(n.startswith(f"{p}{anchor}") for n in names)), "")
     found = {}
     for name in names:
         if not name.startswith(prefix):
@@ -72,14 +75,26 @@ def _check_names(location: str, needed: Iterable[str], optional: set[str], found
             raise WeightError(f"{location} {kind} weight {', '.join(names[:3])}{more}; {way}.")
 
 
+def _needed(table: Mapping[str, Source]) -> set[str]:
+    """The checkpoint's tensors that a name map reads."""
+    return {name for source in table.values() for name in source.names}
+
+
 def _owner(module: nn.Module, dotted: str) -> tuple[nn.Module, str]:
     path, _, leaf = dotted.rpartition(".")
     return module.get_submodule(path), leaf
 
 
-def _assemble(checkpoint: Checkpoint, names: list[str], shape: torch.Size, ours: str, dtype: torch.dtype,
+def _assemble(checkpoint: Checkpoint, source: Source, found: Mapping[str, str], shape: torch.Size, dtype: torch.dtype,
               device: torch.device) -> Tensor:
     """The tensor of `shape` in dtype on device; several tensors are concatenated along dim 0 straight into place."""
+    names = [found[name] for name in source.names]
+    if not names:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if source.make is not None:
+        tensor = source.make([checkpoint.get(name).detach() for name in names])
+        _check_shape(checkpoint, names[0], tensor, shape)
+        return tensor.to(device=device, dtype=dtype).contiguous()
     if len(names) == 1:
         tensor = checkpoint.get(names[0]).detach()
         _check_shape(checkpoint, names[0], tensor, shape)
@@ -104,6 +119,12 @@ def _pick_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
 
 
+def empty_encoder(config: Mapping[str, Any]) -> Encoder:
+    """The encoder a config.json describes, on the meta device: sizes and names without memory. Raises ConfigError."""
+    family = family_of(config)
+    return getattr(family, "ENCODER", Encoder)(family.read_config(config), bool(family.POOLER))
+
+
 def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None,
                  device: str | torch.device = "cpu") -> tuple[Encoder, Origin]:
     """Load a frozen encoder.
@@ -119,18 +140,19 @@ def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = 
     family = family_of(checkpoint.config)
     config: EncoderConfig = family.read_config(checkpoint.config)
     found = _canonical(checkpoint, family)
-    pooler = {short for shorts in family.POOLER.values() for short in shorts}
+    pooler = _needed(family.POOLER)
     with_pooler = bool(pooler & set(found))
     table = family.names(config) | (family.POOLER if with_pooler else {})
-    _check_names(checkpoint.location, (n for names in table.values() for n in names), pooler, found)
+    _check_names(checkpoint.location, _needed(table), pooler | set(getattr(family, "UNUSED", ())), found)
 
     device = torch.device(device)
-    dtype = dtype or _pick_dtype(checkpoint, found["embeddings.word_embeddings.weight"])
-    encoder = Encoder(config, with_pooler)
+    dtype = dtype or _pick_dtype(checkpoint, found[table["embeddings.word"].names[0]])
+    encoder: Encoder = getattr(family, "ENCODER", Encoder)(config, with_pooler)
     for ours, theirs in table.items():
         owner, leaf = _owner(encoder, ours)
-        tensor = _assemble(checkpoint, [found[n] for n in theirs], getattr(owner, leaf).shape, ours, dtype, device)
+        tensor = _assemble(checkpoint, theirs, found, getattr(owner, leaf).shape, dtype, device)
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    encoder.finish_loading()
     return encoder, Origin(checkpoint.location, checkpoint.config, *fingerprints(checkpoint))
 
 
@@ -140,7 +162,7 @@ def fingerprints(checkpoint: Checkpoint) -> tuple[str, str]:
     found = _canonical(checkpoint, family)
     hashes = []
     for table in (family.names(family.read_config(checkpoint.config)), family.POOLER):
-        shorts = [short for names in table.values() for short in names]
+        shorts = sorted(_needed(table))
         complete = bool(shorts) and all(short in found for short in shorts)
         hashes.append(weights_hash(checkpoint, {short: found[short] for short in shorts}) if complete else "")
     return hashes[0], hashes[1]
