@@ -78,11 +78,13 @@ def load_prefix(base, first_key, row_stride, num_keys, c2, seed, threshold, site
 @triton.jit
 def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
            site,
-           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None):
     """One online-softmax step over a key block of which num_keys exist; v counts value_scale times (1 / (1 - p) of a dropped
-    prefix). The 1 / (1 - p) of the probabilities' dropout is left to the end."""
+    prefix). The 1 / (1 - p) of the probabilities' dropout is left to the end. seen: seen_tile(), or None for all keys."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
     scores = tl.where((tl.arange(0, BLOCK_N) < num_keys)[None, :], scores, float("-inf"))
+    if seen is not None:
+        scores = tl.where(seen, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     probs = tl.exp2(scores - new_max[:, None])
     shrink = tl.exp2(row_max - new_max)
@@ -97,7 +99,7 @@ def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, value_scale, first_
 @triton.jit
 def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
                   keep_scale, site,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None):
     """(probs, dropped probs, d probs) [BLOCK_M, BLOCK_N] of a key block, recomputed from the log-sum-exp in base 2.
 
     Then delta = rowsum(probs * dprobs), dS = probs * (dprobs - delta), dV = dropped^T dO.
@@ -105,6 +107,8 @@ def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query,
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
     probs = tl.exp2(scores - lse2[:, None])
     probs = tl.where((tl.arange(0, BLOCK_N) < num_keys)[None, :], probs, 0.0)
+    if seen is not None:
+        probs = tl.where(seen, probs, 0.0)
     dprobs = tl.dot(do, tl.trans(v), input_precision=PRECISION) * value_scale
     dropped = probs
     if DROPOUT:
@@ -117,7 +121,7 @@ def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query,
 @triton.jit
 def key_probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
                       keep_scale, site,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None):
     """probabilities() with keys as rows, [BLOCK_N, BLOCK_M], for kernels that hold a key block over a loop of query tiles.
 
     k and v are then the left operands, which warps share out among them: as right operands every warp would keep all of
@@ -126,6 +130,8 @@ def key_probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_qu
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
     probs = tl.exp2(scores - lse2[None, :])
     probs = tl.where((tl.arange(0, BLOCK_N) < num_keys)[:, None], probs, 0.0)
+    if seen is not None:
+        probs = tl.where(tl.trans(seen), probs, 0.0)
     dprobs = tl.dot(v, tl.trans(do), input_precision=PRECISION) * value_scale
     dropped = probs
     if DROPOUT:
@@ -133,6 +139,29 @@ def key_probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_qu
         dropped = tl.where(keep, probs * keep_scale, 0.0)
         dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
     return probs, dropped, dprobs
+
+
+@triton.jit
+def load_ranges(key_range_T2, first_row, num_rows, R: tl.constexpr):
+    """(low, high) int32 [R]: the tokens each query sees beside the context. Rows past num_rows see none and widen no tile."""
+    rows = tl.arange(0, R)
+    base = key_range_T2 + 2 * (tl.cast(first_row, tl.int64) + rows)
+    low = tl.load(base, mask=rows < num_rows, other=2147483647)
+    return low, tl.load(base + 1, mask=rows < num_rows, other=0)
+
+
+@triton.jit
+def key_bounds(context, low, high, length, BLOCK_N: tl.constexpr):
+    """The first and last key block, in tokens, that some query of a tile sees: the loop over key blocks runs between them."""
+    first = tl.where(context > 0, 0, tl.maximum(tl.min(low, 0), 0) // BLOCK_N * BLOCK_N)
+    return first, tl.minimum(length, tl.maximum(context, tl.max(high, 0)))
+
+
+@triton.jit
+def seen_tile(context, low, high, first_key, BLOCK_N: tl.constexpr):
+    """Bool [M, BLOCK_N]: which keys of a block each query sees."""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    return (keys < context)[None, :] | ((keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None]))
 
 
 @triton.jit

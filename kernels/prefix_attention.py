@@ -21,12 +21,15 @@ from ptv2_engine.kernels.attention_tile import (
     LN2,
     LOG2E,
     attend,
+    key_bounds,
     key_probabilities,
     load_prefix,
+    load_ranges,
     load_stat,
     load_tile,
     prefix_keep,
     prompt_of,
+    seen_tile,
     store_tile,
     zero_rows,
 )
@@ -36,7 +39,8 @@ from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["T", "B", "P", "threshold", "prefix_threshold", "site"])
-def forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, cu_seqlens, prompt_ids, prompt_lengths, seed,
+def forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, context_B, key_range_T2, cu_seqlens, prompt_ids,
+                   prompt_lengths, seed,
                    q_row, k_row, v_row, pk_prompt, pk_row, pv_prompt, pv_row, T, B, P, N, scale, threshold, keep_scale,
                    prefix_threshold, prefix_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
@@ -73,11 +77,22 @@ def forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, cu_
             acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, num_prefix - j, scale2 * prefix_scale, prefix_scale,
                                            first, j, c2, PREFIX_PROB, seed,
                                            threshold, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
-    for j in range(0, length, BLOCK_N):
-        k = load_tile(k_TND + n * D, start + j, k_row, length - j, BLOCK_N, D, BLOCK_D)
-        v = load_tile(v_TND + n * D, start + j, v_row, length - j, BLOCK_N, D, BLOCK_D)
-        acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, length - j, scale2, 1.0, first, j, c2, TOKEN_PROB, seed,
-                                       threshold, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
+    if key_range_T2 is not None:
+        context = tl.load(context_B + b)
+        low, high = load_ranges(key_range_T2, start + first, length - first, BLOCK_M)
+        begin, end = key_bounds(context, low, high, length, BLOCK_N)
+        for j in range(begin, end, BLOCK_N):
+            k = load_tile(k_TND + n * D, start + j, k_row, length - j, BLOCK_N, D, BLOCK_D)
+            v = load_tile(v_TND + n * D, start + j, v_row, length - j, BLOCK_N, D, BLOCK_D)
+            acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, length - j, scale2, 1.0, first, j, c2, TOKEN_PROB,
+                                           seed, threshold, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION,
+                                           seen_tile(context, low, high, j, BLOCK_N))
+    else:
+        for j in range(0, length, BLOCK_N):
+            k = load_tile(k_TND + n * D, start + j, k_row, length - j, BLOCK_N, D, BLOCK_D)
+            v = load_tile(v_TND + n * D, start + j, v_row, length - j, BLOCK_N, D, BLOCK_D)
+            acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, length - j, scale2, 1.0, first, j, c2, TOKEN_PROB,
+                                           seed, threshold, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
     inverse = 1.0 / row_sum
     if DROPOUT:
         inverse = inverse * keep_scale
@@ -181,9 +196,12 @@ def plain_arguments(q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tens
 
 def prefix_attention_fwd(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None,
                          cu_seqlens: Tensor, max_seqlen: int, prompt_ids: Tensor | None, prompt_lengths: Tensor | None,
-                         scale: float, dropout_p: float, prefix_dropout_p: float, seed: Tensor | None,
-                         site: int) -> tuple[Tensor, Tensor]:
-    """out [T, N, D] and the natural log-sum-exp [N, T] in fp32; both are 0 in rows past the last sequence."""
+                         scale: float, dropout_p: float, prefix_dropout_p: float, seed: Tensor | None, site: int,
+                         context_B: Tensor | None, key_range_T2: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out [T, N, D] and the natural log-sum-exp [N, T] in fp32; both are 0 in rows past the last sequence.
+
+    context_B, key_range_T2: what each query sees (ops/prefix_attention.py), or None for all tokens of its sequence.
+    """
     T, N, D = q_TND.shape
     out_TND = q_TND.new_empty((T, N, D))
     lse_NT = q_TND.new_empty((N, T), dtype=torch.float32)
@@ -192,7 +210,8 @@ def prefix_attention_fwd(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prefix_k_K
                                      scale, dropout_p, prefix_dropout_p, seed, site)
         tiles = choose(max_seqlen, run["P"], D, q_TND.element_size()).forward
         grid = (max(1, triton.cdiv(max_seqlen, tiles.block_m)), N, run["B"] + 1)
-        forward_kernel[grid](q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND, out_TND, lse_NT, **run, **fixed,
+        forward_kernel[grid](q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND, out_TND, lse_NT, context_B, key_range_T2, **run,
+                             **fixed,
                              BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_P=tiles.block_p, num_warps=tiles.warps,
                              num_stages=tiles.stages)
     return out_TND, lse_NT
@@ -202,8 +221,8 @@ def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: 
                          prefix_v_KPND: Tensor | None, out_TND: Tensor | None, lse_NT: Tensor, cu_seqlens: Tensor,
                          max_seqlen: int,
                          prompt_ids: Tensor | None, prompt_lengths: Tensor | None, scale: float, dropout_p: float,
-                         prefix_dropout_p: float, seed: Tensor | None, site: int, need_tokens: bool,
-                         need_prefix: bool) -> tuple[Tensor, Tensor, Tensor]:
+                         prefix_dropout_p: float, seed: Tensor | None, site: int, context_B: Tensor | None,
+                         key_range_T2: Tensor | None, need_tokens: bool, need_prefix: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dqkv [T, 3, N, D] (empty [0] unless need_tokens); dprefix_k, dprefix_v fp32 [K, P, N, D] (empty [0] unless need_prefix)."""
     T, N, D = q_TND.shape
     dqkv = q_TND.new_empty((T, 3, N, D) if need_tokens else 0)
@@ -219,8 +238,9 @@ def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: 
         return dqkv, *dprefix
     plan = choose(max_seqlen, P, D, q_TND.element_size(), B, T, fixed["DROPOUT"] or fixed["PREFIX_DROPOUT"])
     inputs = (dout_TND, q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND)
-    if plan.sweep is None or out_TND is not None:
-        delta_NT = prefix_attention_long.tokens_bwd(inputs, out_TND, lse_NT, dqkv, max_seqlen, run, fixed, plan, need_tokens)
+    if plan.sweep is None or out_TND is not None or key_range_T2 is not None:
+        delta_NT = prefix_attention_long.tokens_bwd(inputs, out_TND, lse_NT, dqkv, max_seqlen, run, fixed, plan, need_tokens,
+                                                    (context_B, key_range_T2))
     else:
         fuse = need_prefix and plan.fuse_prefix
         delta_NT = torch.empty_like(lse_NT) if need_prefix and not fuse else None

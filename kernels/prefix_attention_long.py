@@ -13,12 +13,15 @@ import triton
 import triton.language as tl
 from ptv2_engine.kernels.attention_tile import (
     LOG2E,
+    key_bounds,
     key_probabilities,
     load_prefix,
+    load_ranges,
     load_stat,
     load_tile,
     probabilities,
     prompt_of,
+    seen_tile,
     store_tile,
     zero_rows,
 )
@@ -28,8 +31,8 @@ from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["T", "B", "P", "threshold", "prefix_threshold", "site"])
-def dq_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, dqkv_T3ND, delta_NT, cu_seqlens, prompt_ids,
-              prompt_lengths, seed, q_row, k_row, v_row, pk_prompt, pk_row, pv_prompt, pv_row, T, B, P, N, scale, threshold,
+def dq_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, dqkv_T3ND, delta_NT, context_B, key_range_T2,
+              cu_seqlens, prompt_ids, prompt_lengths, seed, q_row, k_row, v_row, pk_prompt, pk_row, pv_prompt, pv_row, T, B, P, N, scale, threshold,
               keep_scale, prefix_threshold, prefix_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
               PRECISION: tl.constexpr, NEED_TOKENS: tl.constexpr):
@@ -54,6 +57,11 @@ def dq_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT
         prompt, num_prefix = prompt_of(prompt_ids, prompt_lengths, b, P)
         pk_base = prefix_k + prompt * pk_prompt + n * D
         pv_base = prefix_v + prompt * pv_prompt + n * D
+    begin, end = 0, length
+    if key_range_T2 is not None:
+        context = tl.load(context_B + b)
+        low, high = load_ranges(key_range_T2, start + first, length - first, BLOCK_M)
+        begin, end = key_bounds(context, low, high, length, BLOCK_N)
     if out_TND is not None:
         out = load_tile(out_TND + n * D, start + first, N * D, length - first, BLOCK_M, D, BLOCK_D)
         delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
@@ -69,12 +77,13 @@ def dq_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT
                                                  c2, PREFIX_PROB, seed, threshold,
                                                  keep_scale, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
                 delta += tl.sum(probs * dprobs, 1)
-        for j in range(0, length, BLOCK_N):
+        for j in range(begin, end, BLOCK_N):
             k = load_tile(k_TND + n * D, start + j, k_row, length - j, BLOCK_N, D, BLOCK_D)
             v = load_tile(v_TND + n * D, start + j, v_row, length - j, BLOCK_N, D, BLOCK_D)
+            seen = seen_tile(context, low, high, j, BLOCK_N) if key_range_T2 is not None else None
             probs, _, dprobs = probabilities(q, do, k, v, lse2, length - j, scale2, 1.0, first, j, c2, TOKEN_PROB, seed,
                                              threshold,
-                                             keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
+                                             keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, seen)
             delta += tl.sum(probs * dprobs, 1)
     rows = tl.arange(0, BLOCK_M)
     tl.store(delta_NT + stat_row + rows, delta, mask=rows < length - first)
@@ -91,19 +100,20 @@ def dq_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT
                                                  keep_scale, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
                 ds = (probs * (dprobs - delta[:, None]) * prefix_scale).to(q.dtype)
                 dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-        for j in range(0, length, BLOCK_N):
+        for j in range(begin, end, BLOCK_N):
             k = load_tile(k_TND + n * D, start + j, k_row, length - j, BLOCK_N, D, BLOCK_D)
             v = load_tile(v_TND + n * D, start + j, v_row, length - j, BLOCK_N, D, BLOCK_D)
+            seen = seen_tile(context, low, high, j, BLOCK_N) if key_range_T2 is not None else None
             probs, _, dprobs = probabilities(q, do, k, v, lse2, length - j, scale2, 1.0, first, j, c2, TOKEN_PROB, seed,
                                              threshold,
-                                             keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
+                                             keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION, seen)
             ds = (probs * (dprobs - delta[:, None])).to(q.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         store_tile(dqkv_T3ND + n * D, start + first, grad_row, length - first, dq * scale, BLOCK_M, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["T", "B", "threshold", "site"])
-def dkdv_kernel(dout_TND, q_TND, k_TND, v_TND, lse_NT, delta_NT, dqkv_T3ND, cu_seqlens, seed, q_row, k_row, v_row, T, B, N, scale,
+def dkdv_kernel(dout_TND, q_TND, k_TND, v_TND, lse_NT, delta_NT, dqkv_T3ND, context_B, key_range_T2, cu_seqlens, seed, q_row, k_row, v_row, T, B, N, scale,
                 threshold, keep_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                 DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
     tile, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -123,34 +133,42 @@ def dkdv_kernel(dout_TND, q_TND, k_TND, v_TND, lse_NT, delta_NT, dqkv_T3ND, cu_s
     v = load_tile(v_TND + n * D, start + first, v_row, length - first, BLOCK_N, D, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if key_range_T2 is not None:
+        context = tl.load(context_B + b)
     for i in range(0, length, BLOCK_M):
-        q = load_tile(q_TND + n * D, start + i, q_row, length - i, BLOCK_M, D, BLOCK_D)
-        do = load_tile(dout_TND + n * D, start + i, N * D, length - i, BLOCK_M, D, BLOCK_D)
-        lse2 = load_stat(lse_NT, stat_row + i, length - i, float("inf"), BLOCK_M) * LOG2E
-        delta = load_stat(delta_NT, stat_row + i, length - i, 0.0, BLOCK_M)
-        probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, length - first, scale2, 1.0, i, first, b * N + n,
-                                                   TOKEN_PROB, seed,
-                                               threshold, keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT, PRECISION)
-        dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
-        ds = (probs * (dprobs - delta[None, :])).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        wanted = True
+        if key_range_T2 is not None:
+            low, high = load_ranges(key_range_T2, start + i, length - i, BLOCK_M)
+            wanted = (first < context) | ((tl.min(low, 0) < first + BLOCK_N) & (tl.max(high, 0) > first))
+        if wanted:
+            q = load_tile(q_TND + n * D, start + i, q_row, length - i, BLOCK_M, D, BLOCK_D)
+            do = load_tile(dout_TND + n * D, start + i, N * D, length - i, BLOCK_M, D, BLOCK_D)
+            lse2 = load_stat(lse_NT, stat_row + i, length - i, float("inf"), BLOCK_M) * LOG2E
+            delta = load_stat(delta_NT, stat_row + i, length - i, 0.0, BLOCK_M)
+            seen = seen_tile(context, low, high, first, BLOCK_N) if key_range_T2 is not None else None
+            probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, length - first, scale2, 1.0, i, first, b * N + n,
+                                                       TOKEN_PROB, seed, threshold, keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT,
+                                                       PRECISION, seen)
+            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = (probs * (dprobs - delta[None, :])).to(q.dtype)
+            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     store_tile(dqkv_T3ND + (N + n) * D, start + first, grad_row, length - first, dk * scale, BLOCK_N, D, BLOCK_D)
     store_tile(dqkv_T3ND + (2 * N + n) * D, start + first, grad_row, length - first, dv, BLOCK_N, D, BLOCK_D)
 
 
 def tokens_bwd(inputs: tuple, out_TND: Tensor | None, lse_NT: Tensor, dqkv_T3ND: Tensor, max_seqlen: int, run: dict, fixed: dict,
-               plan: AttentionPlan, need_tokens: bool) -> Tensor:
+               plan: AttentionPlan, need_tokens: bool, ranges: tuple[Tensor | None, Tensor | None]) -> Tensor:
     """Fill dqkv [T, 3, N, D] if need_tokens and return delta [N, T]. inputs: dout, q, k, v, prefix_k, prefix_v; run and fixed:
-    prefix_attention.plain_arguments."""
+    prefix_attention.plain_arguments; ranges: context_B, key_range_T2."""
     N, B = run["N"], run["B"]
     delta_NT = torch.empty_like(lse_NT)
     dq_kernel[(triton.cdiv(max_seqlen, plan.dq.block_m), N, B + 1)](
-        *inputs, out_TND, lse_NT, dqkv_T3ND, delta_NT, **run, **fixed, BLOCK_M=plan.dq.block_m, BLOCK_N=plan.dq.block_n,
+        *inputs, out_TND, lse_NT, dqkv_T3ND, delta_NT, *ranges, **run, **fixed, BLOCK_M=plan.dq.block_m, BLOCK_N=plan.dq.block_n,
         BLOCK_P=plan.dq.block_p, NEED_TOKENS=need_tokens, num_warps=plan.dq.warps, num_stages=plan.dq.stages)
     if need_tokens:
         names = ("cu_seqlens", "seed", "q_row", "k_row", "v_row", "T", "B", "N", "scale", "threshold", "keep_scale", "site")
         dkdv_kernel[(triton.cdiv(max_seqlen, plan.dkdv.block_n), N, B + 1)](
-            *inputs[:4], lse_NT, delta_NT, dqkv_T3ND, **{name: run[name] for name in names},
+            *inputs[:4], lse_NT, delta_NT, dqkv_T3ND, *ranges, **{name: run[name] for name in names},
             **{name: fixed[name] for name in ("D", "BLOCK_D", "DROPOUT", "PRECISION")}, BLOCK_M=plan.dkdv.block_m,
             BLOCK_N=plan.dkdv.block_n, num_warps=plan.dkdv.warps, num_stages=plan.dkdv.stages)
     return delta_NT

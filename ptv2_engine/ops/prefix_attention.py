@@ -117,9 +117,9 @@ def key_ranges(cu_seqlens: Tensor, num_tokens: int, *, causal_from: Tensor | Non
         window: without causal_from, token i sees |i - j| <= window.
     """
     starts = cu_seqlens[:-1].long()
-    owner = torch.repeat_interleave(torch.arange(len(starts), device=starts.device), cu_seqlens.diff().long(),
-                                    output_size=num_tokens)
-    index_T = torch.arange(num_tokens, device=starts.device) - starts[owner]
+    rows = torch.arange(num_tokens, device=starts.device)
+    owner = torch.searchsorted(cu_seqlens[1:].long(), rows, right=True).clamp(max=len(starts) - 1)     # also past the end
+    index_T = rows - starts[owner]
     if causal_from is None:
         if window is None:
             raise InputError("key_ranges: neither causal_from nor window was given; pass one, or no ranges at all.")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import triton
-from ptv2_engine.kernels import add_norm, embedding, linear_gelu, prefix_attention
+from ptv2_engine.kernels import add_norm, embedding, geglu, linear_gelu, prefix_attention, rotary
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
@@ -29,8 +29,9 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def attention(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.0, need_tokens: bool = True,
-              prompts: torch.dtype | None = None, N: int = 4) -> None:
-    """Forward and backward of a layer shaped like the encoder's: one fused qkv buffer, two sequences; prompts: the ids' dtype."""
+              prompts: torch.dtype | None = None, N: int = 4, ranged: bool = False) -> None:
+    """Forward and backward of a layer shaped like the encoder's: one fused qkv buffer, two sequences; prompts: the ids' dtype;
+    ranged: queries that do not see every token."""
     T, K = 2 * S, 1 if prompts is None else 3
     ids, lengths = (None, None) if prompts is None else (torch.zeros(2, dtype=prompts), torch.full((3,), P, dtype=prompts))
     qkv = torch.zeros(T, 3, N, D, dtype=dtype)
@@ -38,22 +39,31 @@ def attention(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.0, 
     prefix = [torch.zeros(K, P, N, D, dtype=dtype) for _ in range(2)] if P else [None, None]
     plain = (torch.tensor([0, S, T], dtype=torch.int32), S, ids, lengths, 0.125, dropout, dropout,
              torch.zeros(1, dtype=torch.int64), 3)
-    out, lse = prefix_attention.prefix_attention_fwd(q, k, v, *prefix, *plain)
+    ranges = (torch.zeros(2, dtype=torch.int32), torch.zeros(T, 2, dtype=torch.int32)) if ranged else (None, None)
+    out, lse = prefix_attention.prefix_attention_fwd(q, k, v, *prefix, *plain, *ranges)
     given = out if S + P > 1024 else None
-    prefix_attention.prefix_attention_bwd(torch.zeros_like(out), q, k, v, *prefix, given, lse, *plain, need_tokens, P > 0)
+    prefix_attention.prefix_attention_bwd(torch.zeros_like(out), q, k, v, *prefix, given, lse, *plain, *ranges, need_tokens, P > 0)
 
 
 def row_ops(H: int, dtype: torch.dtype, dropout: float) -> None:
     x, weight, seed = torch.zeros(8, H, dtype=dtype), torch.zeros(H, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     ids = torch.zeros(8, dtype=torch.int64)
-    _, xhat, rstd = add_norm.add_norm_fwd(x, x, weight, weight, 1e-12, dropout, seed, 1, True)
-    add_norm.add_norm_bwd(x, xhat, rstd, weight, dropout, seed, 1)
+    for total in (False, True):
+        _, xhat, rstd, _ = add_norm.add_norm_fwd(x, x, weight, weight, 1e-12, dropout, seed, 1, True, total)
+        add_norm.add_norm_bwd(x, x if total else None, xhat, rstd, weight, dropout, seed, 1)
     embedding.embedding(ids, ids, ids, x, x, x, weight, weight, 1e-12, dropout, seed, 1)
 
 
 def gelu(dtype: torch.dtype, approximate: str) -> None:
     z = torch.zeros(8, 64, dtype=dtype)
     linear_gelu.gelu_bwd(z, linear_gelu.gelu_(z, approximate, True))
+
+
+def modernbert(dtype: torch.dtype) -> None:
+    """RoPE and GEGLU of a layer of ModernBERT-base."""
+    qkv, z = torch.zeros(8, 3, 12, 64, dtype=dtype), torch.zeros(8, 2304, dtype=dtype)
+    rotary.rotary_(qkv, torch.zeros(16, 64), torch.zeros(8, dtype=torch.int64), True)
+    geglu.geglu_bwd(geglu.geglu_fwd(z), z)
 
 
 # What the engine launches by default. fp16 compiles to the same code as bf16 but for the mma's type: one case of it.
@@ -73,6 +83,10 @@ CASES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "H1024 bf16 dropout": (lambda: row_ops(1024, bf16, 0.1), (90,)),
     "H768 fp32": (lambda: row_ops(768, fp32, 0.0), (90,)),
     "H4096 bf16 dropout": (lambda: row_ops(4096, bf16, 0.1), (90,)),
+    "S128 P16 D64 bf16 dropout, ranges": (lambda: attention(128, 16, 64, bf16, 0.1, ranged=True), (80, 90)),
+    "S1024 P16 D64 bf16, ranges": (lambda: attention(1024, 16, 64, bf16, ranged=True), (90, 100)),
+    "S512 P160 D64 bf16, ranges": (lambda: attention(512, 160, 64, bf16, ranged=True), (90,)),
+    "rotary and geglu bf16": (lambda: modernbert(bf16), (90,)),
     "gelu bf16": (lambda: gelu(bf16, "none"), (90,)),
     "gelu tanh fp32": (lambda: gelu(fp32, "tanh"), (90,)),
 }

@@ -48,32 +48,35 @@ def assert_same(name: str, one: Tensor, other: Tensor) -> None:
         assert_error_within(name, one, other, None, 4.0)
 
 
-def check_add_norm(T: int, H: int, dtype: torch.dtype = torch.float32, p: float = 0.0, package: str = KERNELS) -> None:
-    """Forward, what is saved, both gradients; save=False saves nothing."""
+def check_add_norm(T: int, H: int, dtype: torch.dtype = torch.float32, p: float = 0.0, package: str = KERNELS,
+                   with_sum: bool = False) -> None:
+    """Forward, what is saved, both gradients; save=False saves nothing. with_sum: the sum, and its gradient added in."""
     module = kernel("add_norm", package)
-    x, residual, dy = (randn(T, H, seed=s, dtype=dtype) for s in range(3))
+    x, residual, dy, dsum = (randn(T, H, seed=s, dtype=dtype) for s in (0, 1, 2, 12))
     x = x + 3
     weight, bias = (randn(H, seed=3 + s, dtype=dtype) for s in range(2))
     seed, site, eps = seed_tensor(), 7, 1e-5
     with poisoned_memory():
-        y, xhat, rstd = module.add_norm_fwd(x, residual, weight, bias, eps, p, seed, site, True)
-        y_only, *empty = module.add_norm_fwd(x, residual, weight, bias, eps, p, seed, site, False)
-        dresidual, dx = module.add_norm_bwd(dy, xhat, rstd, weight, p, seed, site)
+        y, xhat, rstd, total = module.add_norm_fwd(x, residual, weight, bias, eps, p, seed, site, True, with_sum)
+        y_only, *empty = module.add_norm_fwd(x, residual, weight, bias, eps, p, seed, site, False, False)
+        dresidual, dx = module.add_norm_bwd(dy, dsum if with_sum else None, xhat, rstd, weight, p, seed, site)
     assert_same("y when nothing is saved", y_only, y)
-    assert [e.numel() for e in empty] == [0, 0]
+    assert [e.numel() for e in empty] == [0, 0, 0] and total.numel() == with_sum * x.numel()
     assert y.dtype == xhat.dtype == dresidual.dtype == dtype and rstd.dtype == torch.float32 and rstd.shape == (T,)
 
     def reference(precision: torch.dtype) -> list[Tensor]:
         leaves = [t.detach().to(precision).requires_grad_() for t in (x, residual)]
-        out = op("add_norm").reference(*leaves, weight.to(precision), bias.to(precision), eps, dropout_p=p, seed=seed, site=site)
-        grads = torch.autograd.grad(out, leaves, dy.to(precision))
-        return [out, grads[1], grads[0]]
+        outs = op("add_norm").reference_sum(*leaves, weight.to(precision), bias.to(precision), eps, dropout_p=p, seed=seed,
+                                            site=site)[:1 + with_sum]
+        grads = torch.autograd.grad(outs, leaves, [dy.to(precision), dsum.to(precision)][:1 + with_sum])
+        return [outs[0], grads[1], grads[0], *outs[1:]]
 
     exact, stock = reference(torch.float64), reference(dtype)
     if p == 0:
         assert dx.numel() == 0
         dx = dresidual
-    for name, actual, truth, low in zip(("y", "dresidual", "dx"), (y, dresidual, dx), exact, stock, strict=True):
+    found = {"y": y, "dresidual": dresidual, "dx": dx} | ({"sum": total} if with_sum else {})
+    for (name, actual), truth, low in zip(found.items(), exact, stock, strict=True):
         assert_error_within(f"add_norm {name}", actual, truth, low, TIMES)
     keep = _philox.keep_scale(torch.arange(T, device=x.device), H, 0, p=p, seed=seed, site=site, stream=_philox.HIDDEN)
     total = x.double() * (keep if p > 0 else 1.0) + residual.double()
@@ -162,6 +165,7 @@ class Attention:
     dtype: torch.dtype = torch.float32
     spare_rows: int = 0            # rows past the last sequence
     keep_out: bool = False         # give the output to backward, as for rows of more than 1024 keys
+    seen: str | None = None        # "causal", "candidates" (both with a context) or "window"; None: all tokens
     site: int = 5
 
 
@@ -177,7 +181,24 @@ def attention_inputs(case: Attention) -> dict[str, Any]:
               for ids in (case.prompt_ids, case.prompt_lengths)]
     return {"qkv": qkv, "dout": dout, "prefix": (pk, pv), "cu_seqlens": cu_seqlens_of(list(case.lengths), DEVICE),
             "max_seqlen": max(case.lengths, default=0), "prompt_ids": as_ids[0], "prompt_lengths": as_ids[1],
-            "seed": seed_tensor()}
+            "seed": seed_tensor(), "ranges": seen_ranges(case)}
+
+
+def seen_ranges(case: Attention) -> tuple[Tensor | None, Tensor | None]:
+    """context_B and key_range_T2: contexts of a third of each sequence, candidates of 5 tokens, windows of 7 each way."""
+    T, cu_seqlens = sum(case.lengths) + case.spare_rows, cu_seqlens_of(list(case.lengths), DEVICE)
+    if case.seen is None:
+        return None, None
+    if case.seen == "window":
+        return op("prefix_attention").key_ranges(cu_seqlens, T, window=7)
+    context = torch.tensor([length // 3 for length in case.lengths], device=DEVICE)
+    first = None
+    if case.seen == "candidates":
+        index = torch.cat([torch.arange(n) for n in (*case.lengths, case.spare_rows)]).to(DEVICE)
+        behind = context.repeat_interleave(torch.tensor(case.lengths, device=DEVICE))
+        behind = torch.nn.functional.pad(behind, (0, case.spare_rows))
+        first = torch.where(index < behind, 0, behind + (index - behind) // 5 * 5)
+    return op("prefix_attention").key_ranges(cu_seqlens, T, causal_from=context, first_key_T=first)
 
 
 def attention_reference(case: Attention, given: dict[str, Any], precision: torch.dtype) -> list[Tensor]:
@@ -187,7 +208,7 @@ def attention_reference(case: Attention, given: dict[str, Any], precision: torch
     out = op("prefix_attention").reference(
         *qkv.unbind(1), *prefix, given["cu_seqlens"], given["max_seqlen"], prompt_ids=given["prompt_ids"],
         prompt_lengths=given["prompt_lengths"], dropout_p=case.dropout_p, prefix_dropout_p=case.prefix_dropout_p,
-        seed=given["seed"], site=case.site)
+        seed=given["seed"], site=case.site, context_B=given["ranges"][0], key_range_T2=given["ranges"][1])
     leaves = [qkv, *(p for p in prefix if p is not None)]
     if not out.requires_grad or out.numel() == 0:
         grads = [torch.zeros_like(leaf) for leaf in leaves]
@@ -204,7 +225,7 @@ def run_attention(case: Attention, given: dict[str, Any], package: str = KERNELS
     module = kernel("prefix_attention", package)
     q, k, v = given["qkv"].unbind(1)
     plain = (given["cu_seqlens"], given["max_seqlen"], given["prompt_ids"], given["prompt_lengths"], case.D**-0.5, case.dropout_p,
-             case.prefix_dropout_p, given["seed"], case.site)
+             case.prefix_dropout_p, given["seed"], case.site, *given["ranges"])
     with poisoned_memory(poison):
         out, lse = module.prefix_attention_fwd(q, k, v, *given["prefix"], *plain)
         grads = module.prefix_attention_bwd(given["dout"], q, k, v, *given["prefix"], out if case.keep_out else None, lse, *plain,
@@ -250,7 +271,11 @@ def check_lse(case: Attention, given: dict[str, Any], lse: Tensor) -> None:
             prompt = 0 if case.prompt_ids is None else case.prompt_ids[b]
             length = case.P if case.prompt_lengths is None else case.prompt_lengths[prompt]
             keys = torch.cat((given["prefix"][0][prompt, :length].double(), keys))
-        exact[:, start:end] = torch.einsum("ind,jnd->nij", q[start:end], keys).mul(case.D**-0.5).logsumexp(-1)
+        scores = torch.einsum("ind,jnd->nij", q[start:end], keys).mul(case.D**-0.5)
+        if case.seen is not None:
+            unseen = ~op("prefix_attention").visible(int(given["ranges"][0][b]), given["ranges"][1][start:end])
+            scores = scores.masked_fill(torch.nn.functional.pad(unseen, (scores.shape[2] - unseen.shape[1], 0)), float("-inf"))
+        exact[:, start:end] = scores.logsumexp(-1)
     assert_error_within("lse", lse, exact, None, 8.0)
 
 

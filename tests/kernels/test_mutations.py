@@ -22,6 +22,7 @@ fused = Attention((17, 25), 5, N=1, dtype=fp16)
 apart = Attention((17, 5), 36, N=1, dtype=fp16)
 long = Attention((70, 5), 5, N=1, D=80, dtype=fp16, keep_out=True)
 dropped = Attention((17, 5), 36, N=1, dtype=fp16, dropout_p=0.2, prefix_dropout_p=0.3)
+causal, window = (Attention((150, 17), 5, N=1, dtype=fp16, seen=seen) for seen in ("causal", "window"))
 dropped_fused = Attention((17, 25), 5, N=1, dtype=fp16, prefix_dropout_p=0.3)
 
 
@@ -107,9 +108,24 @@ MUTATIONS = {
         attention(long)),
     "long: last key block left out of dq": (
         "prefix_attention_long",
-        "        for j in range(0, length, BLOCK_N):\n            k = load_tile(k_TND + n * D, start + j, k_row",
-        "        for j in range(0, length - 5, BLOCK_N):\n            k = load_tile(k_TND + n * D, start + j, k_row",
+        "        for j in range(begin, end, BLOCK_N):\n            k = load_tile(k_TND + n * D, start + j, k_row",
+        "        for j in range(begin, end - 5, BLOCK_N):\n            k = load_tile(k_TND + n * D, start + j, k_row",
         attention(long)),
+    "ranges: a causal query sees the token behind it": (
+        "attention_tile", "(keys[None, :] < high[:, None]))", "(keys[None, :] <= high[:, None]))", attention(causal)),
+    "ranges: the context is one token short": (
+        "attention_tile", "return (keys < context)[None, :]", "return (keys < context - 1)[None, :]", attention(causal)),
+    "ranges: key blocks before the window's are taken for its first": (
+        "attention_tile", "tl.maximum(tl.min(low, 0), 0) // BLOCK_N", "tl.maximum(tl.max(low, 0), 0) // BLOCK_N",
+        attention(window)),
+    "ranges: a query tile that sees a key block is passed over": (
+        "prefix_attention_long", "(tl.max(high, 0) > first))", "(tl.max(high, 0) > first + BLOCK_N))", attention(window)),
+    "add_norm: the sum's gradient is lost": (
+        "add_norm", "dsum += tl.load(dsum_TH", "dsum += 0 * tl.load(dsum_TH",
+        lambda package: check_add_norm(5, 100, fp32, package=package, with_sum=True)),
+    "add_norm: the sum without its residual": (
+        "add_norm", "tl.store(sum_TH + offsets, x.to(", "tl.store(sum_TH + offsets, (0 * x).to(",
+        lambda package: check_add_norm(5, 100, fp32, package=package, with_sum=True)),
     "long: dk, dv see one query tile less": (
         "prefix_attention_long", "for i in range(0, length, BLOCK_M)", "for i in range(BLOCK_M, length, BLOCK_M)",
         attention(long)),

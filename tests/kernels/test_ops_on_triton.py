@@ -47,6 +47,35 @@ def test_add_norm(dropout):
         assert_error_within("add_norm", mine, exact, None, 32.0)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_add_norm_sum(dropout):
+    weight, bias = randn(48, seed=1), randn(48, seed=2)
+
+    def run(x, residual):
+        return torch.stack(ops.add_norm_sum(x, residual, weight.to(x.dtype), bias.to(x.dtype), 1e-5, dropout_p=dropout, seed=7,
+                                            site=1))
+
+    for mine, exact in both(run, randn(5, 48, seed=3), randn(5, 48, seed=4)):
+        assert_error_within("add_norm_sum", mine, exact, None, 32.0)
+
+
+@pytest.mark.parametrize("head_dim", [32, 24])
+def test_rotary(head_dim):
+    table, positions = ops.cos_sin_table(50, head_dim, 100.0, DEVICE), torch.arange(70, device=DEVICE) % 50
+
+    def run(qkv):
+        return ops.rotary(qkv * 1, 2, table, positions)         # in place on the product's output, as in the encoder
+
+    for mine, exact in both(run, randn(70, 3 * 2 * head_dim, seed=3)):
+        assert_error_within("rotary", mine, exact, None, 8.0)
+
+
+def test_linear_geglu():
+    weight, bias = randn(40, 24, seed=1), randn(40, seed=2)
+    for mine, exact in both(lambda x: ops.linear_geglu(x, weight.to(x.dtype), bias.to(x.dtype)), randn(5, 24, seed=3)):
+        assert_error_within("linear_geglu", mine, exact, None, 32.0)
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_linear_gelu(approximate):
     weight, bias = randn(40, 24, seed=1), randn(40, seed=2)

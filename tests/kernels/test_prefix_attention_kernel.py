@@ -43,6 +43,28 @@ def test_fp32(case):
     check_attention(case)
 
 
+@pytest.mark.parametrize("keep_out", [False, True])
+@pytest.mark.parametrize("seen", ["causal", "candidates", "window"])
+@pytest.mark.parametrize("lengths, P", [((127, 0, 17, 1), 5), ((200,), 0), ((70, 33), 20)])
+def test_queries_that_do_not_see_every_token(lengths, P, seen, keep_out):
+    check_attention(Attention(lengths, P, N=1, dtype=fp16, seen=seen, keep_out=keep_out, spare_rows=3))
+
+
+@pytest.mark.parametrize("seen", ["causal", "window"])
+def test_ranges_with_dropout_and_mixed_prompts(seen):
+    check_attention(mixed_prompts(Attention((40, 5), 9, N=2, dropout_p=0.2, prefix_dropout_p=0.3, seen=seen)))
+
+
+def test_key_blocks_that_no_query_of_a_tile_sees_are_not_read():
+    """NaN keys and values outside every window of the first tile must not reach it: they lie in blocks that are skipped."""
+    case = Attention((400,), 5, N=1, dtype=fp16, seen="window")
+    given = attention_inputs(case)
+    clean = run_attention(case, given)
+    given["qkv"][200:, 1:] = float("nan")
+    out = run_attention(case, given)[0]
+    assert torch.equal(out[:128], clean[0][:128])
+
+
 def test_several_prompts_without_ids_means_prompt_0():
     case = Attention((17, 5), 5, K=3, N=1, dtype=fp16)
     for keep_out in (False, True):

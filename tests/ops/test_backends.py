@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptv2_engine import ops
+from ptv2_engine.ops.disentangled_attention import slots_of
 from ptv2_engine.testing import assert_error_within, cu_seqlens_of, random_prefix, random_qkv
 
 LENGTHS = st.lists(st.sampled_from([0, 1, 5, 17, 64, 127]), min_size=1, max_size=4)
@@ -139,16 +140,26 @@ def test_opcheck_of_every_schema():
     qkv, (pk, pv) = random_qkv(lengths, N, D), random_prefix(2, 4, N, D)
     seed, cu = torch.tensor([3]), cu_seqlens_of(lengths)
     plain = (cu, 5, torch.tensor([0, 1, 0]), torch.tensor([4, 2]), 0.25, 0.1, 0.1, seed, 1)
-    out, lse = torch.ops.ptv2.prefix_attention_fwd(*qkv.unbind(1), pk, pv, *plain)
+    ranges = ops.key_ranges(cu, 8, window=1)
+    out, lse = torch.ops.ptv2.prefix_attention_fwd(*qkv.unbind(1), pk, pv, *plain, None, None)
     x, weight = torch.randn(6, 32), torch.rand(32)
-    _, xhat, rstd = torch.ops.ptv2.add_norm_fwd(x, x, weight, weight, 1e-5, 0.1, seed, 0, True)
+    _, xhat, rstd, _ = torch.ops.ptv2.add_norm_fwd(x, x, weight, weight, 1e-5, 0.1, seed, 0, True, False)
+    tables = (torch.randn(8, N, D), None, slots_of(5, 4, 0, 0, torch.device("cpu")))
+    z = torch.randn(6, 16)
     checks = [
-        (torch.ops.ptv2.prefix_attention_fwd, (*qkv.unbind(1), pk, pv, *plain)),
-        (torch.ops.ptv2.prefix_attention_bwd, (torch.randn_like(out), *qkv.unbind(1), pk, pv, None, lse, *plain, True, True)),
-        (torch.ops.ptv2.prefix_attention_bwd, (torch.randn_like(out), *qkv.unbind(1), pk, pv, None, lse, *plain, False, True)),
-        (torch.ops.ptv2.add_norm_fwd, (x, x, weight, weight, 1e-5, 0.1, seed, 0, True)),
-        (torch.ops.ptv2.add_norm_bwd, (x, xhat, rstd, weight, 0.1, seed, 0)),
-        (torch.ops.ptv2.add_norm_bwd, (x, xhat, rstd, weight, 0.0, None, 0)),
+        *((torch.ops.ptv2.prefix_attention_fwd, (*qkv.unbind(1), pk, pv, *plain, *seen)) for seen in ((None, None), ranges)),
+        *((torch.ops.ptv2.prefix_attention_bwd,
+           (torch.randn_like(out), *qkv.unbind(1), pk, pv, None, lse, *plain, *seen, tokens, True))
+          for tokens, seen in ((True, (None, None)), (False, (None, None)), (True, ranges))),
+        (torch.ops.ptv2.disentangled_attention_fwd, (*qkv.unbind(1), pk, pv, *tables, *plain)),
+        *((torch.ops.ptv2.disentangled_attention_bwd,
+           (torch.randn_like(out), *qkv.unbind(1), pk, pv, *tables, None, lse, *plain, tokens, True)) for tokens in (True, False)),
+        (torch.ops.ptv2.rotary_, (qkv.clone(), torch.randn(9, D), torch.arange(8), False)),
+        (torch.ops.ptv2.geglu_fwd, (z,)),
+        (torch.ops.ptv2.geglu_bwd, (torch.randn(6, 8), z)),
+        *((torch.ops.ptv2.add_norm_fwd, (x, x, weight, weight, 1e-5, 0.1, seed, 0, True, total)) for total in (False, True)),
+        (torch.ops.ptv2.add_norm_bwd, (x, None, xhat, rstd, weight, 0.1, seed, 0)),
+        (torch.ops.ptv2.add_norm_bwd, (x, x, xhat, rstd, weight, 0.0, None, 0)),
         (torch.ops.ptv2.gelu_, (x.clone(), "none", True)),
         (torch.ops.ptv2.gelu_bwd, (x, x)),
         (torch.ops.ptv2.embedding, (torch.tensor([1, 2]), torch.tensor([0, 1]), None, torch.randn(4, 32), torch.randn(3, 32),

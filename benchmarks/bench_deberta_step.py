@@ -1,0 +1,86 @@
+"""A full training step of DeBERTa-base (v1 and v3), batch 32, P = 20, real length distributions; packed against padded.
+
+The peer is stock transformers with a prefix patched in (deberta_peer.py), on the same weights and examples. Before timing, both
+losses are compared with dropout off and the same prompt and head.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks.bench_train_step import DTYPES, PROMPT, median_batch, stepper
+from benchmarks.deberta_peer import PatchedDeberta
+from ptv2_engine import PromptConfig, PromptedModel
+from ptv2_engine.optim import adamw
+
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False, "type_vocab_size": 0,
+            "layer_norm_eps": 1e-7}
+
+
+def deberta_base(version: str):
+    """Random weights in the published shape; the vocabulary, which no step multiplies with, is v1's in both."""
+    import transformers
+
+    torch.manual_seed(0)
+    if version == "v1":
+        return transformers.DebertaForSequenceClassification(transformers.DebertaConfig(**RELATIVE, max_relative_positions=-1))
+    return transformers.DebertaV2ForSequenceClassification(transformers.DebertaV2Config(
+        **RELATIVE, vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+        position_buckets=256, share_att_key=True, norm_rel_ebd="layer_norm"))
+
+
+def models(version: str, dtype: torch.dtype, device: str):
+    """(ours, peer) in training mode with equal prompts and heads."""
+    base = deberta_base(version)
+    ours = PromptedModel.from_pretrained(base, num_labels=2, prompt=PromptConfig(PROMPT), dtype=dtype, device=device)
+    peer = PatchedDeberta(copy.deepcopy(base), PROMPT).to(device)
+    with torch.no_grad():
+        c = ours.encoder.config
+        peer.prefix.copy_(ours.prompt.bank[0].view(PROMPT, c.num_layers, 2, c.num_heads, c.head_dim).permute(1, 2, 0, 3, 4))
+        for mine, theirs in ((ours.head.dense, peer.model.pooler.dense), (ours.head.classifier, peer.model.classifier)):
+            theirs.load_state_dict(mine.state_dict())
+    return ours, peer
+
+
+def check_losses(ours, peer, batch, tolerance: float) -> None:
+    ours.eval()
+    peer.eval()
+    with torch.no_grad():
+        a, b = float(ours(**batch[0]).loss), float(peer(**batch[1]).loss)
+    assert abs(a - b) <= tolerance * abs(b), (a, b)
+    ours.train()
+    peer.train()
+
+
+def run(compare, version: str, data: str, dtype: str, device: str, rounds: int, warmup: int) -> None:
+    packed, padded = median_batch(data, device)
+    ours, peer = models(version, DTYPES[dtype], device)
+    check_losses(ours, peer, (packed, padded), 1e-4 if dtype == "fp32" else 2e-2)
+    trained = [p for p in peer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-3)
+    half = dtype == "bf16"
+    compare(
+        f"train step  DeBERTa-{version}-base B=32 P={PROMPT} {data} {dtype}",
+        {"ptv2": stepper(ours, list(ours.trained_parameters().values()), adamw(ours, 1e-3), packed),
+         "patched transformers" + (" bf16 autocast" if half else ""): stepper(peer, trained, optimizer, padded,
+                                                                               True if half else None)},
+        rounds=rounds, warmup=warmup, tokens=packed["input_ids"].shape[0], padded_tokens=padded["input_ids"].numel(),
+        prompt_length=PROMPT,
+    )
+
+
+@pytest.mark.parametrize("data", ["mrpc", "rte"])
+@pytest.mark.parametrize("version", ["v1", "v3"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_cpu_step(compare, dtype, version, data):
+    run(compare, version, data, dtype, "cpu", rounds=4, warmup=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("data", ["mrpc", "rte"])
+@pytest.mark.parametrize("version", ["v1", "v3"])
+def test_gpu_step(compare, version, data):
+    run(compare, version, data, "bf16", "cuda", rounds=24, warmup=8)
