@@ -78,10 +78,12 @@ def load_prefix(base, first_key, row_stride, num_keys, c2, seed, threshold, site
 @triton.jit
 def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
            site,
-           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None):
+           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None,
+           relative=None):
     """One online-softmax step over a key block of which num_keys exist; v counts value_scale times (1 / (1 - p) of a dropped
-    prefix). The 1 / (1 - p) of the probabilities' dropout is left to the end. seen: seen_tile(), or None for all keys."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+    prefix). The 1 / (1 - p) of the probabilities' dropout is left to the end. seen: seen_tile(), or None for all keys; relative:
+    what is added to the products of q and k (DeBERTa), or None."""
+    scores = tl.dot(q, tl.trans(k), relative, input_precision=PRECISION) * scale2
     scores = tl.where((tl.arange(0, BLOCK_N) < num_keys)[None, :], scores, float("-inf"))
     if seen is not None:
         scores = tl.where(seen, scores, float("-inf"))
@@ -99,12 +101,13 @@ def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, value_scale, first_
 @triton.jit
 def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
                   keep_scale, site,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None):
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None,
+                  relative=None):
     """(probs, dropped probs, d probs) [BLOCK_M, BLOCK_N] of a key block, recomputed from the log-sum-exp in base 2.
 
     Then delta = rowsum(probs * dprobs), dS = probs * (dprobs - delta), dV = dropped^T dO.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+    scores = tl.dot(q, tl.trans(k), relative, input_precision=PRECISION) * scale2
     probs = tl.exp2(scores - lse2[:, None])
     probs = tl.where((tl.arange(0, BLOCK_N) < num_keys)[None, :], probs, 0.0)
     if seen is not None:
@@ -121,13 +124,14 @@ def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query,
 @triton.jit
 def key_probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
                       keep_scale, site,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None):
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None,
+                      relative=None):
     """probabilities() with keys as rows, [BLOCK_N, BLOCK_M], for kernels that hold a key block over a loop of query tiles.
 
     k and v are then the left operands, which warps share out among them: as right operands every warp would keep all of
     both in registers through the loop. The probabilities are already laid out as the left operand of dV.
     """
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
+    scores = tl.dot(k, tl.trans(q), relative, input_precision=PRECISION) * scale2
     probs = tl.exp2(scores - lse2[None, :])
     probs = tl.where((tl.arange(0, BLOCK_N) < num_keys)[:, None], probs, 0.0)
     if seen is not None:

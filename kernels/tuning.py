@@ -99,6 +99,31 @@ def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, nu
                          f"{max_seqlen} + {prompt_length} keys of {head_dim} fit one block: one sweep, prefix gradient {where}")
 
 
+@dataclass(frozen=True)
+class RelativePlan:
+    """The tiles of disentangled attention's kernels, and of the prefix gradient it shares with prefix attention."""
+
+    forward: TileConfig
+    dq: TileConfig
+    dkdv: TileConfig
+    prefix: TileConfig
+
+
+def choose_relative(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, dropout: bool = False) -> RelativePlan:
+    """Tiles for attention with relative positions. A tile of M queries and N keys also multiplies with the M + N - 1 distances in
+    it, padded to a power of two, and reads that band askew through shared memory.
+
+    The gather that does so wants many registers: on sm_80, sm_90 and sm_100 tiles of 64 x 32 spill 200 to 2000 bytes a thread,
+    32 x 32 none.
+    """
+    plain = choose(max_seqlen, prompt_length, head_dim, itemsize, dropout=dropout)
+    wide, side = head_dim > 64, 16 if itemsize == 4 else 32
+    keys, prefix = min(power_of_two(max_seqlen), side), min(plain.dq.block_p, 16 if wide or itemsize == 4 else 32)
+    warps = 8 if wide else 4
+    tile = TileConfig(side, keys, prefix, warps, 1, f"{side} queries, {keys} keys, {power_of_two(side + keys - 1)} distances")
+    return RelativePlan(tile, tile, TileConfig(side, keys, 0, warps, 1, tile.why), plain.prefix)
+
+
 def choose_splits(num_sequences: int, query_tiles: int, programs: int) -> tuple[int, int]:
     """(sequence groups, query groups) that cut the prefix gradient into about PROGRAMS pieces; `programs` exist already.
 

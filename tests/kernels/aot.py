@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import triton
-from ptv2_engine.kernels import add_norm, embedding, geglu, linear_gelu, prefix_attention, rotary
+from ptv2_engine.kernels import add_norm, disentangled_attention, embedding, geglu, linear_gelu, prefix_attention, rotary
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
@@ -59,6 +59,19 @@ def gelu(dtype: torch.dtype, approximate: str) -> None:
     linear_gelu.gelu_bwd(z, linear_gelu.gelu_(z, approximate, True))
 
 
+def disentangled(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.0, terms: str = "c2p p2c") -> None:
+    """Forward and backward of a DeBERTa layer: two sequences, tables of 512 rows."""
+    T, N = 2 * S, 4
+    q, k, v = torch.zeros(T, 3, N, D, dtype=dtype).unbind(1)
+    prefix = [torch.zeros(1, P, N, D, dtype=dtype) for _ in range(2)] if P else [None, None]
+    tables = [torch.zeros(512, N, D, dtype=dtype) if term in terms else None for term in ("c2p", "p2c")]
+    plain = (torch.tensor([0, S, T], dtype=torch.int32), S, None, None, 0.07, dropout, dropout, torch.zeros(1, dtype=torch.int64), 3)
+    slots = torch.zeros(2 * S - 1, dtype=torch.int32)
+    out, lse = disentangled_attention.disentangled_attention_fwd(q, k, v, *prefix, *tables, slots, *plain)
+    disentangled_attention.disentangled_attention_bwd(torch.zeros_like(out), q, k, v, *prefix, *tables, slots, out, lse, *plain,
+                                                      True, P > 0)
+
+
 def modernbert(dtype: torch.dtype) -> None:
     """RoPE and GEGLU of a layer of ModernBERT-base."""
     qkv, z = torch.zeros(8, 3, 12, 64, dtype=dtype), torch.zeros(8, 2304, dtype=dtype)
@@ -86,6 +99,12 @@ CASES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "S128 P16 D64 bf16 dropout, ranges": (lambda: attention(128, 16, 64, bf16, 0.1, ranged=True), (80, 90)),
     "S1024 P16 D64 bf16, ranges": (lambda: attention(1024, 16, 64, bf16, ranged=True), (90, 100)),
     "S512 P160 D64 bf16, ranges": (lambda: attention(512, 160, 64, bf16, ranged=True), (90,)),
+    "DeBERTa S128 P20 D64 bf16": (lambda: disentangled(128, 20, 64, bf16), (80, 90, 100)),
+    "DeBERTa S512 P20 D64 bf16 dropout": (lambda: disentangled(512, 20, 64, bf16, 0.1), (80, 90)),
+    "DeBERTa S512 P100 D64 bf16, c2p": (lambda: disentangled(512, 100, 64, bf16, terms="c2p"), (90,)),
+    "DeBERTa S32 P0 D64 fp16": (lambda: disentangled(32, 0, 64, fp16), (90,)),
+    "DeBERTa S128 P20 D128 bf16 dropout": (lambda: disentangled(128, 20, 128, bf16, 0.1), (90,)),
+    "DeBERTa S128 P20 D64 fp32": (lambda: disentangled(128, 20, 64, fp32), (90,)),
     "rotary and geglu bf16": (lambda: modernbert(bf16), (90,)),
     "gelu bf16": (lambda: gelu(bf16, "none"), (90,)),
     "gelu tanh fp32": (lambda: gelu(fp32, "tanh"), (90,)),

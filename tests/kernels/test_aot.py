@@ -11,9 +11,10 @@ from pathlib import Path
 import ptv2_engine
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-COLUMNS = {"case": 34, "kernel": 19, "tiles": 9, "warps": 5, "sm": 3, "registers": 9, "stack": 5, "shared": 6, "matrix": 11}
+COLUMNS = {"case": 34, "kernel": 23, "tiles": 9, "warps": 5, "sm": 3, "registers": 9, "stack": 5, "shared": 6, "matrix": 11}
 MATRIX = {80: "mma.sync", 90: "mma", 100: "mma"}
-ATTENTION = ("forward_kernel", "sweep_kernel", "dq_kernel", "dkdv_kernel", "prefix_grad_kernel")
+ATTENTION = ("forward_kernel", "sweep_kernel", "dq_kernel", "dkdv_kernel", "prefix_grad_kernel", "relative_forward_kernel",
+             "relative_dq_kernel", "relative_dkdv_kernel")
 
 # Bytes of stack a thread spills to: (kernel, sm, head dim over 64). Everything that is not here must not spill. All are
 # kernels with a dropped prefix; those of wide heads keep 64 + 64 accumulators and have no registers left for masks.

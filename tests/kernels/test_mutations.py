@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_checks import KERNELS, Attention, check_add_norm, check_attention, check_embedding, check_gelu
+from test_disentangled_attention_kernel import Case as Disentangled
+from test_disentangled_attention_kernel import check as check_disentangled
 
 SOURCE = Path(importlib.import_module(f"{KERNELS}.philox").__file__).parent
 fp16, fp32 = torch.float16, torch.float32
@@ -23,6 +25,10 @@ apart = Attention((17, 5), 36, N=1, dtype=fp16)
 long = Attention((70, 5), 5, N=1, D=80, dtype=fp16, keep_out=True)
 dropped = Attention((17, 5), 36, N=1, dtype=fp16, dropout_p=0.2, prefix_dropout_p=0.3)
 causal, window = (Attention((150, 17), 5, N=1, dtype=fp16, seen=seen) for seen in ("causal", "window"))
+def relative(package: str) -> None:
+    check_disentangled(Disentangled((40, 17)), package)
+
+
 dropped_fused = Attention((17, 25), 5, N=1, dtype=fp16, prefix_dropout_p=0.3)
 
 
@@ -120,6 +126,16 @@ MUTATIONS = {
         attention(window)),
     "ranges: a query tile that sees a key block is passed over": (
         "prefix_attention_long", "(tl.max(high, 0) > first))", "(tl.max(high, 0) > first + BLOCK_N))", attention(window)),
+    "relative: the band is read one column off": (
+        "disentangled_band", "tl.arange(0, BLOCK_N)[None, :] + (BLOCK_N - 1)\n\n", "tl.arange(0, BLOCK_N)[None, :] + BLOCK_N\n\n",
+        relative),
+    "relative: p2c read with queries and keys exchanged": (
+        "disentangled_band", "tl.trans(tl.gather(band, tl.trans(meeting_column(BLOCK_M, BLOCK_N)), 1))",
+        "tl.gather(band, meeting_column(BLOCK_M, BLOCK_N), 1)", relative),
+    "relative: dq without the band": (
+        "disentangled_attention_bwd", "dq = tl.dot(skewed_by_query(", "_ = tl.dot(skewed_by_query(", relative),
+    "relative: dk's band shifted": (
+        "disentangled_band", "tl.arange(0, BAND)[None, :] - (BLOCK_N - 1)", "tl.arange(0, BAND)[None, :] - BLOCK_N", relative),
     "add_norm: the sum's gradient is lost": (
         "add_norm", "dsum += tl.load(dsum_TH", "dsum += 0 * tl.load(dsum_TH",
         lambda package: check_add_norm(5, 100, fp32, package=package, with_sum=True)),
