@@ -27,7 +27,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE, SOURCES, BUILD = ROOT / "ptv2_engine", ROOT / "csrc" / "cpu", ROOT / "build" / "native"
-TORCH_SOURCES = ("register.cpp", "parallel.cpp")  # compiled once; all other files once an instruction set
+# compiled once; all other files once an instruction set
+TORCH_SOURCES = ("register.cpp", "register_attention.cpp", "parallel.cpp")
 ARCH_FLAGS = {"avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
               "avx2": ["-mavx2", "-mfma"],
               "default": []}

@@ -64,6 +64,12 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "rte, sst2, conll2003, ..."})
     data_dir: str | None = field(default=None, metadata={"help": "folder with the data set's files instead of the hub"})
     template_id: int = field(default=0, metadata={"help": "input template of WiC and WSC (0 or 1)"})
+    head: str = field(default="classifier", metadata={
+        "help": "classifier (a trained linear layer), or cloze (GLM: the frozen language model fills a blank)"})
+    pattern_id: int = field(default=0, metadata={"help": "cloze: which of the published patterns of the data set"})
+    pattern: str | None = field(default=None, metadata={
+        "help": "cloze, own data: columns and one blank, such as '{premise} Question: {hypothesis}? Answer: {mask}.'"})
+    verbalizers: list[str] | None = field(default=None, metadata={"help": "cloze, own data: 'label= word' for each label"})
     max_seq_length: int = field(default=128, metadata={"help": "tokens kept of an example; the model's limit also applies"})
     max_train_samples: int | None = None
     max_eval_samples: int | None = None

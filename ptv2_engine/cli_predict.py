@@ -16,6 +16,8 @@ from ptv2_engine.cli_train import SETTINGS, load_tokenizer, make_features
 from ptv2_engine.errors import DataError
 from ptv2_engine.model import PromptedModel
 from ptv2_engine.packing import IGNORE, PackedCollator
+from ptv2_engine.tasks.cloze import describe_pattern
+from ptv2_engine.tasks.cloze_patterns import Blank
 from ptv2_engine.tasks.data import Table, read_table
 from ptv2_engine.tasks.features import Labels
 from ptv2_engine.tasks.metrics import metrics_for
@@ -27,6 +29,7 @@ class Predictor:
     def __init__(self, model: PromptedModel, tokenizer: Any, settings: dict[str, Any], batch_size: int) -> None:
         self.model, self.tokenizer, self.settings, self.batch_size = model.eval(), tokenizer, settings, batch_size
         self.labels = Labels(settings["kind"], settings["labels"])
+        self.pattern = describe_pattern(settings["cloze"]) if settings.get("cloze") else None
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> Predictor:
@@ -46,7 +49,7 @@ class Predictor:
 
     def features(self, table: Table, label_column: str | None = None) -> list[dict[str, Any]]:
         return make_features(table, self.tokenizer, self.settings["text_columns"], self.settings["max_seq_length"], label_column,
-                             self.labels)
+                             self.labels, self.pattern)
 
     @torch.no_grad()
     def logits(self, features: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
@@ -54,7 +57,7 @@ class Predictor:
         collate = PackedCollator()
         for start in range(0, len(features), self.batch_size):
             part = features[start:start + self.batch_size]
-            batch = collate([{k: v for k, v in f.items() if k not in ("labels", "word_ids")} for f in part])
+            batch = collate([{k: v for k, v in f.items() if k not in ("label", "labels", "word_ids")} for f in part])
             inputs = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             for feature, row in zip(part, self.model(**inputs).logits.float().cpu().numpy(), strict=True):
                 yield feature, row[:len(feature["input_ids"])] if self.labels.kind == "tags" else row
@@ -67,7 +70,8 @@ class Predictor:
             scores = np.stack([np.pad(row, ((0, longest - len(row)), (0, 0))) for _, row in pairs])
             truth = np.array([f["labels"] + [IGNORE] * (longest - len(f["labels"])) for f, _ in pairs])
         else:
-            scores, truth = np.stack([row for _, row in pairs]), np.array([f["labels"] for f, _ in pairs])
+            scores = np.stack([row.argmax() if self.labels.kind == "candidates" else row for _, row in pairs])
+            truth = np.array([f["label" if self.pattern else "labels"] for f, _ in pairs])
         found = metrics_for(self.labels.kind, self.labels.names)(SimpleNamespace(predictions=scores, label_ids=truth))
         return {"examples": len(pairs)} | found
 
@@ -77,6 +81,8 @@ class Predictor:
     def predict_texts(self, texts: list[str]) -> list[dict[str, Any]]:
         """Texts as given on the command line; words are split at spaces for tagging. Raises DataError for text pairs."""
         columns = self.settings["text_columns"]
+        if self.pattern is not None:
+            raise DataError("this adapter fills the blank of a pattern over several columns; give --file with them.")
         if len(columns) > 1:
             raise DataError(f"this adapter labels pairs of {' and '.join(columns)}; give --file with these columns.")
         split = self.labels.kind == "tags"
@@ -86,9 +92,21 @@ class Predictor:
         """One row an example: its text, its label and the label's probability (or the value, or a tag a word)."""
         if not table.rows:
             raise DataError("there are 0 texts to label; pass some, or --file.")
+        if self.pattern is not None:
+            scored = self.logits(self.features(table))
+            return [self._filled(row, scores) for row, (_, scores) in zip(table.rows, scored, strict=True)]
         texts = list(zip(*(table.column(c) for c in self.settings["text_columns"]), strict=True))
         return [{"text": self._shown(text)} | self._answer(feature, row)
                 for text, (feature, row) in zip(texts, self.logits(self.features(table)), strict=True)]
+
+    def _filled(self, row: dict[str, Any], scores: np.ndarray) -> dict[str, Any]:
+        """The row's text with its blank, and what fills it best."""
+        assert self.pattern is not None
+        parts = self.pattern.build(row)
+        text = "".join("[MASK]" if isinstance(part, Blank) else part for part in parts)
+        names = self.labels.names if self.pattern.answers is None else [a.strip() for a in self.pattern.answers(row)[0]]
+        shifted = np.exp(scores - scores.max())
+        return {"text": text, "label": names[int(scores.argmax())], "probability": float(shifted.max() / shifted.sum())}
 
     @staticmethod
     def _shown(text: tuple[Any, ...]) -> str:

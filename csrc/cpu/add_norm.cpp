@@ -1,5 +1,6 @@
 // y = LayerNorm(dropout(x) + residual) * weight + bias, one row at a time: the row stays in L1 between its passes, so memory
-// sees 2 reads and 2 writes forward (y, xhat), 2 reads and 1 write backward (2 with dropout).
+// sees 2 reads and 2 writes forward (y, xhat), 2 reads and 1 write backward (2 with dropout); the sum of a pre-LN residual
+// stream is one write more forward, and its gradient one read more backward.
 #include "kernels.h"
 #include "philox_simd.h"
 #include "rows.h"
@@ -23,6 +24,10 @@ template <class T> void fwd(const AddNormParams& p) {
       } else {
         for_vectors(H, [&](int64_t i, auto n) { store_at(row, i, load_at(x, i, n) + load_at(residual, i, n), n); });
       }
+      if (p.sum_TH) {
+        T* total = static_cast<T*>(p.sum_TH) + t * H;
+        for_vectors(H, [&](int64_t i, auto n) { store_at(total, i, load_at(row, i, n), n); });
+      }
       const Moments m = moments(row, H, p.eps);
       T* y = static_cast<T*>(p.y_TH) + t * H;
       T* xhat = p.xhat_TH ? static_cast<T*>(p.xhat_TH) + t * H : nullptr;
@@ -36,7 +41,7 @@ template <class T> void fwd(const AddNormParams& p) {
   });
 }
 
-// With g = dy * weight: dresidual = rstd * (g - mean(g) - xhat * mean(g * xhat)); dx is its dropout.
+// With g = dy * weight: dresidual = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum; dx is its dropout.
 template <class T> void bwd(const AddNormBwdParams& p) {
   const int64_t H = p.H;
   parallel_ranges(p.T, 1 + 32768 / (H + 1), [&](int64_t first, int64_t last) {
@@ -52,12 +57,14 @@ template <class T> void bwd(const AddNormBwdParams& p) {
       });
       const float mean_g = sum(sum_g) / static_cast<float>(H), mean_gx = sum(sum_gx) / static_cast<float>(H);
       const float rstd = p.rstd_T[t];
+      const T* dsum = p.dsum_TH ? static_cast<const T*>(p.dsum_TH) + t * H : nullptr;
       T* dresidual = static_cast<T*>(p.dresidual_TH) + t * H;
       T* dx = p.dx_TH ? static_cast<T*>(p.dx_TH) + t * H : nullptr;
       if (dx) keep_row(keep, H, static_cast<uint32_t>(t), 0, philox::HIDDEN, p.dropout);
       for_vectors(H, [&](int64_t i, auto n) {
         const f32v g = load_at(dy, i, n) * load_at(p.weight_H, i, n);
-        const f32v d = (g - mean_g - load_at(xhat, i, n) * mean_gx) * rstd;
+        f32v d = (g - mean_g - load_at(xhat, i, n) * mean_gx) * rstd;
+        if (dsum) d += load_at(dsum, i, n);
         store_at(dresidual, i, d, n);
         if (dx) store_at(dx, i, d * load_at(keep, i, n), n);
       });

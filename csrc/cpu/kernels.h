@@ -12,7 +12,10 @@ void add_norm_fwd(const AddNormParams& p);
 void add_norm_bwd(const AddNormBwdParams& p);
 void gelu_fwd(const GeluParams& p);
 void gelu_bwd(const GeluBwdParams& p);
-void prefix_attention_fwd(const PrefixAttentionParams& p);
+void geglu_fwd(const GegluParams& p);
+void geglu_bwd(const GegluParams& p);
+void rotary(const RotaryParams& p);
+void prefix_attention_fwd(const PrefixAttentionParams& p);  // disentangled_attention too, when p.slots is given
 void prefix_attention_bwd(const PrefixAttentionBwdParams& p);
 
 // parallel.cpp: at::parallel_for behind a torch-free face.
@@ -29,6 +32,5 @@ template <class F> void parallel_tasks(int64_t count, const F& f) {
 
 // Aligned floats that stay with the thread between calls; grows to the largest request of the thread.
 float* thread_scratch(int64_t floats);
-
 
 }  // namespace ptv2

@@ -1,7 +1,8 @@
 // The elementwise part of linear_gelu, in place on the product's output: one read, one write, and the derivative (a byte an
-// element in bf16). gelu(z) = z Phi(z), or z/2 (1 + tanh(u)) with u = sqrt(2/pi) (z + 0.044715 z^3).
+// element in bf16). gelu(z) = z Phi(z) (gelu.h), or z/2 (1 + tanh(u)) with u = sqrt(2/pi) (z + 0.044715 z^3).
 #include <algorithm>
 
+#include "gelu.h"
 #include "kernels.h"
 #include "ptv2/gelu_code.h"
 #include "rows.h"
@@ -10,24 +11,6 @@ namespace ptv2 {
 namespace {
 
 constexpr int64_t BLOCK = 4096;  // elements a task: a few microseconds
-
-struct Gelu {
-  f32v value, derivative;
-};
-
-// Phi(-|z|) = exp(-z^2/2) * polynomial(t) / 2, t = 1 / (1 + 0.3275911 |z| / sqrt 2): Abramowitz and Stegun 7.1.26, within
-// 0.75e-7. The same exponential gives the density for the derivative, and small tails keep their digits.
-template <bool SAVE> PTV2_INLINE Gelu gelu_erf(f32v z) {
-  const f32v a = bits_as<f32v>(bits_as<u32v>(z) & 0x7FFFFFFFu);
-  const f32v t = reciprocal(a * (0.3275911f * 0.70710678118654752f) + 1.0f), e = exp(z * z * -0.5f);
-  f32v p = t * (0.5f * 1.061405429f) - 0.5f * 1.453152027f;
-  p = p * t + 0.5f * 1.421413741f;
-  p = p * t - 0.5f * 0.284496736f;
-  p = p * t + 0.5f * 0.254829592f;
-  const f32v tail = p * t * e, cdf = z < 0.0f ? tail : 1.0f - tail;
-  if constexpr (!SAVE) return {z * cdf, z};
-  return {z * cdf, cdf + z * (e * 0.39894228040143268f)};
-}
 
 template <bool SAVE> PTV2_INLINE Gelu gelu_tanh(f32v z) {
   const f32v u = (z * z * 0.044715f + 1.0f) * z * 0.79788456080286536f;

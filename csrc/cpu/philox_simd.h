@@ -30,10 +30,12 @@ struct HighPairs {
   static constexpr int at(int e) { return LowPairs::at(e) + W / 2; }
 };
 
-// out[j] = 0 or scale for columns j < n (and up to KEEP_SLACK - 1 beyond) of the row with counters (j / 4, c1, c2, stream).
+// out[j] = 0 or scale for columns first + j, j < n (and up to KEEP_SLACK - 1 beyond), of the row whose column c has counter
+// (c / 4, c1, c2, stream). first is a multiple of 4.
 // Counter words live in the low halves of 64-bit lanes, where the widening product reads them; what is left in the high
 // halves is never looked at until the words are put together.
-inline void keep_row(float* out, int64_t n, uint32_t c1, uint32_t c2, philox::Stream stream, const Dropout& drop) {
+inline void keep_row(float* out, int64_t n, uint32_t c1, uint32_t c2, philox::Stream stream, const Dropout& drop,
+                     int64_t first = 0) {
   constexpr int GROUPS = W / 2;  // counters a vector
   u64v lane{};
   for (int i = 0; i < GROUPS; ++i) lane[i] = i;
@@ -41,7 +43,7 @@ inline void keep_row(float* out, int64_t n, uint32_t c1, uint32_t c2, philox::St
   for (int64_t j = 0; j < n; j += 8 * GROUPS) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      u64v a = lane + static_cast<uint64_t>(j / 4 + half * GROUPS), b = u64v{} + c1, c = u64v{} + c2;
+      u64v a = lane + static_cast<uint64_t>((first + j) / 4 + half * GROUPS), b = u64v{} + c1, c = u64v{} + c2;
       u64v d = u64v{} + static_cast<uint64_t>(drop.site * philox::NUM_STREAMS + stream);
       uint32_t k0 = static_cast<uint32_t>(drop.seed), k1 = static_cast<uint32_t>(drop.seed >> 32);
 #pragma GCC unroll 7

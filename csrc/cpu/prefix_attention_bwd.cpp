@@ -1,17 +1,18 @@
-// Backward of prefix_attention in one pass over the scores. Whole rows are on chip, so delta = rowsum(P * dP) needs no saved
-// output, and with the log-sum-exp the probabilities need no second softmax:
+// Backward of prefix_attention, and of disentangled_attention with its terms, in one pass over the scores. Whole rows are on
+// chip, so delta = rowsum(P * dP) needs no saved output, and with the log-sum-exp the probabilities need no second softmax:
 //   P = exp(S - lse)    dP = mask * (dO V^T)    dS = P * (dP - delta)
 //   dQ = scale dS K     dK = dS^T (scale Q)     dV = (mask * P)^T dO
 // The prefix's gradient is summed over the task's sequences, then over the chunks of its prompt in their order: neither
 // depends on which thread ran what. Without need_tokens only the prefix's rows of dK and dV are computed.
 #include "attention_tile.h"
-#include "gemm.h"
+#include "disentangled_attention.h"
 
 namespace ptv2 {
 namespace {
 
 struct Buffers {
   float *kt, *vt, *k, *q, *dout, *s, *dp, *dq, *dk, *dv, *keep, *keep_k, *keep_v, *sum_k, *sum_v;
+  RelativeScores relative;
 };
 
 int64_t carve(Buffers& f, float* base, const PrefixAttentionBwdParams& b, const Tile& tile) {
@@ -24,25 +25,26 @@ int64_t carve(Buffers& f, float* base, const PrefixAttentionBwdParams& b, const 
   f.dk = c.take(tile.keys * head), f.dv = c.take(tile.keys * head), f.keep = c.take(tile.keep_block);
   const int64_t masks = p.prefix_dropout.on ? p.P * head + KEEP_SLACK : 0;
   f.keep_k = c.take(masks), f.keep_v = c.take(masks), f.sum_k = c.take(masks), f.sum_v = c.take(masks);
+  if (p.slots) f.relative.carve(c, p, tile, b.dqkv_T3ND != nullptr);
   return c.used;
 }
 
 // s: scores -> (dropped) probabilities; dp -> dS. One row of `columns` entries.
-PTV2_INLINE void row_bwd(float* s, float* dp, float* keep, int64_t columns, float lse) {
+template <bool HIDDEN> PTV2_INLINE void row_bwd(float* s, float* dp, float* keep, int64_t columns, float lse) {
   fill_tail(s, columns, -__builtin_inff());
   fill_tail(dp, columns, 0.0f);
   f32v total{};
   if (keep) {
     fill_tail(keep, columns, 0.0f);
     for (int64_t j = 0; j < columns; j += W) {
-      const f32v prob = exp(load(s + j) - lse), d = load(dp + j) * load(keep + j);
+      const f32v prob = exp_score<HIDDEN>(load(s + j), lse), d = load(dp + j) * load(keep + j);
       store(s + j, prob);
       store(dp + j, d);
       total += prob * d;
     }
   } else {
     for (int64_t j = 0; j < columns; j += W) {
-      const f32v prob = exp(load(s + j) - lse);
+      const f32v prob = exp_score<HIDDEN>(load(s + j), lse);
       store(s + j, prob);
       total += prob * load(dp + j);
     }
@@ -77,48 +79,59 @@ template <class T> void run_task(const PrefixAttentionBwdParams& bwd, const Tile
       prefix_keep(f.keep_k, prefix, D, head, c2, philox::PREFIX_K, p.prefix_dropout);
       prefix_keep(f.keep_v, prefix, D, head, c2, philox::PREFIX_V, p.prefix_dropout);
     }
-    copy_transposed(f.kt, ld, prefix_k, p.prefix_k_row, prefix, D, head, prefix_drop ? f.keep_k : nullptr);
-    copy_transposed(f.vt, ld, prefix_v, p.prefix_v_row, prefix, D, head, prefix_drop ? f.keep_v : nullptr);
-    if (tokens) copy_rows(f.k, prefix_k, p.prefix_k_row, prefix, D, head, 1.0f, prefix_drop ? f.keep_k : nullptr);
+    copy_transposed(f.kt, ld, Strided{prefix_k, p.prefix_k_row}, prefix, D, head, prefix_drop ? f.keep_k : nullptr);
+    copy_transposed(f.vt, ld, Strided{prefix_v, p.prefix_v_row}, prefix, D, head, prefix_drop ? f.keep_v : nullptr);
+    if (tokens) copy_rows(f.k, Strided{prefix_k, p.prefix_k_row}, prefix, D, head, 1.0f, prefix_drop ? f.keep_k : nullptr);
   };
   if (!prefix_drop) load_prefix(0);
+  if (p.slots) f.relative.load_tables(p, chunk, n);
   std::fill_n(f.dk, prefix * head, 0.0f);
   std::fill_n(f.dv, prefix * head, 0.0f);
   if (prefix_drop) std::fill_n(f.sum_k, prefix * head, 0.0f), std::fill_n(f.sum_v, prefix * head, 0.0f);
 
   for (int64_t at_b = chunk.first; at_b < chunk.last; ++at_b) {
-    const int64_t b = p.order_B[at_b], start = p.cu_seqlens[b], S = p.cu_seqlens[b + 1] - start, J = prefix + S;
+    const int64_t b = p.order_B[at_b], start = p.cu_seqlens[b], S = p.cu_seqlens[b + 1] - start;
     const uint32_t c2 = static_cast<uint32_t>(b * p.N + n);
     if (S == 0) continue;
     if (prefix_drop) load_prefix(c2);
     const T *k = at<T>(p.k, start * p.k_row + n * D), *v = at<T>(p.v, start * p.v_row + n * D);
-    copy_transposed(f.kt + prefix, ld, k, p.k_row, S, D, head);
-    copy_transposed(f.vt + prefix, ld, v, p.v_row, S, D, head);
+    copy_transposed(f.kt + prefix, ld, Strided{k, p.k_row}, S, D, head);
+    copy_transposed(f.vt + prefix, ld, Strided{v, p.v_row}, S, D, head);
     if (tokens) {
-      copy_rows(f.k + prefix * head, k, p.k_row, S, D, head, 1.0f);
+      copy_rows(f.k + prefix * head, Strided{k, p.k_row}, S, D, head, 1.0f);
       std::fill_n(f.dk + prefix * head, S * head, 0.0f);
       std::fill_n(f.dv + prefix * head, S * head, 0.0f);
     }
-    const int64_t from = want_prefix ? 0 : prefix, keys = (tokens ? J : prefix) - from;  // rows of dK, dV that are wanted
+    const int64_t wanted = want_prefix ? 0 : prefix, limit = tokens ? prefix + S : prefix;  // rows of dK, dV to compute
     const Upcoming next(p, chunk, at_b, n);
     for (int64_t i0 = 0; i0 < S; i0 += tile.block) {
       const int64_t M = std::min(tile.block, S - i0), t = start + i0;
-      copy_rows(f.q, at<T>(p.q, t * p.q_row + n * D), p.q_row, M, D, head, p.scale);
-      copy_rows(f.dout, at<T>(bwd.dout_TND, t * ND + n * D), ND, M, D, head, 1.0f);
-      gemm<false>(M, J, D, f.q, head, 1, f.kt, ld, f.s, ld);
-      gemm<false>(M, J, D, f.dout, head, 1, f.vt, ld, f.dp, ld);
+      const Columns columns = Columns::seen_by(p, b, t, M, prefix, S);
+      copy_rows(f.q, Strided{at<T>(p.q, t * p.q_row + n * D), p.q_row}, M, D, head, p.scale);
+      copy_rows(f.dout, Strided{at<T>(bwd.dout_TND, t * ND + n * D), ND}, M, D, head, 1.0f);
+      columns.product(M, D, f.q, head, f.kt, f.s, ld);
+      if (p.slots) f.relative.add_scores(f.s + prefix, f.q, f.kt + prefix, i0, M, S);
+      columns.product(M, D, f.dout, head, f.vt, f.dp, ld);
       for (int64_t i = 0; i < M; ++i) {
         next.fetch<T>(p.k, p.k_row, i0 + i, D);
         next.fetch<T>(p.v, p.v_row, i0 + i, D);
         next.fetch<T>(p.q, p.q_row, i0 + i, D);
         next.fetch<T>(bwd.dout_TND, ND, i0 + i, D);
-        if (p.dropout.on) row_keep(f.keep, prefix, S, static_cast<uint32_t>(i0 + i), c2, p.dropout);
-        row_bwd(f.s + i * ld, f.dp + i * ld, p.dropout.on ? f.keep : nullptr, J, p.lse_NT[n * p.T + t + i]);
+        float *s = f.s + i * ld, *dp = f.dp + i * ld, *keep = p.dropout.on ? f.keep : nullptr;
+        if (keep) row_keep(keep, prefix, columns, static_cast<uint32_t>(i0 + i), c2, p.dropout);
+        const float lse = p.lse_NT[n * p.T + t + i];
+        if (p.key_range_T2) {
+          Visible(p, b, t + i, prefix, S, columns).hide_others(s, columns.count());
+          row_bwd<true>(s, dp, keep, columns.count(), lse);
+        } else {
+          row_bwd<false>(s, dp, keep, columns.count(), lse);
+        }
       }
-      gemm<true>(keys, D, M, f.s + from, 1, ld, f.dout, head, f.dv + from * head, head);
-      gemm<true>(keys, D, M, f.dp + from, 1, ld, f.q, head, f.dk + from * head, head);
+      columns.scatter(M, D, f.s, ld, f.dout, f.dv, head, wanted, limit);
+      columns.scatter(M, D, f.dp, ld, f.q, f.dk, head, wanted, limit);
       if (tokens) {
-        gemm<false>(M, D, J, f.dp, ld, 1, f.k, head, f.dq, head);
+        columns.reduce(M, D, f.dp, ld, f.k, f.dq, head);
+        if (p.slots) f.relative.add_gradients(f.dp + prefix, f.dq, f.dk + prefix * head, i0, M, S);
         write_rows(static_cast<T*>(bwd.dqkv_T3ND) + t * 3 * ND + n * D, 3 * ND, f.dq, M, D, head, p.scale);
       }
     }

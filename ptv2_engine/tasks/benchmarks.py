@@ -70,15 +70,18 @@ _LATER = {"superglue": ("copa", "multirc", "record"), "srl": ("conll2005", "conl
 _LOCAL_NAMES = (("train",), ("validation", "valid", "val", "dev", "dev_matched"), ("test", "test_matched"))
 
 
-def find_benchmark(task_name: str, dataset_name: str) -> Benchmark:
-    """Raises ConfigError naming what there is."""
+def find_benchmark(task_name: str, dataset_name: str, cloze: bool = False) -> Benchmark:
+    """cloze: rows are for GLM's patterns, which also take COPA, MultiRC and ReCoRD. Raises ConfigError naming what there is."""
     task, dataset = task_name.lower(), dataset_name.lower()
+    if cloze and task == "superglue" and dataset in (*BENCHMARKS[task], *_LATER[task]):
+        classes = BENCHMARKS[task].get(dataset)
+        return Benchmark(("aps/super_glue", dataset), (), metrics=() if classes is None else classes.metrics)
     if dataset in BENCHMARKS.get(task, {}):
         return BENCHMARKS[task][dataset]
     if dataset in _LATER.get(task, ()):
         raise ConfigError(
             f"--task_name {task} --dataset_name {dataset} is not a sequence or token classification task and cannot "
-            "be trained yet; choose another."
+            "be trained yet; choose another, or for superglue a GLM backbone with --head cloze."
         )
     known = "; ".join(f"{t}: {', '.join(names)}" for t, names in BENCHMARKS.items())
     raise ConfigError(

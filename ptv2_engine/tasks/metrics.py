@@ -12,7 +12,12 @@ from ptv2_engine.packing import IGNORE
 
 
 def metrics_for(kind: str, names: list[str], extra: tuple[str, ...] = ()) -> Callable[[Any], dict[str, float]]:
-    """The metric function of a label kind ("classes", "values", "tags"); extra: "f1", "f1_macro", "matthews"."""
+    """The metric function of a label kind ("classes", "values", "tags", "candidates"); extra: "f1", "f1_macro", "matthews".
+
+    candidates: predictions are the index of each row's best candidate, not scores.
+    """
+    if kind == "candidates":
+        return lambda prediction: {"accuracy": float(np.equal(*_arrays(prediction)).mean())}
     if kind == "tags":
         return lambda prediction: entity_scores(*_arrays(prediction), names)
     if kind == "values":

@@ -37,6 +37,7 @@ struct AddNormParams {
   const float *weight_H, *bias_H;
   void *y_TH, *xhat_TH;  // xhat, rstd: null when nothing is saved
   float* rstd_T;
+  void* sum_TH;          // dropout(x) + residual; null when it is not wanted
   int64_t T, H;
   float eps;
   Dropout dropout;
@@ -44,7 +45,7 @@ struct AddNormParams {
 
 struct AddNormBwdParams {
   DType dtype;
-  const void *dy_TH, *xhat_TH;
+  const void *dy_TH, *dsum_TH, *xhat_TH;  // dsum: null when the sum had no other reader
   const float *rstd_T, *weight_H;
   void *dresidual_TH, *dx_TH;  // dx: null without dropout, where it equals dresidual
   int64_t T, H;
@@ -66,6 +67,26 @@ struct GeluBwdParams {
   int64_t count;
 };
 
+// h = gelu(z[:, :F]) * z[:, F:], gelu with erf.
+struct GegluParams {
+  DType dtype;
+  const void* z_TG;   // G = 2F
+  const void* dh_TF;  // backward only
+  void* out;          // h [T, F], or dz [T, G]
+  int64_t T, F;
+};
+
+// In place on the first two of three parts of a row: with x1, x2 the halves of a head, x1 <- x1 cos - x2 sin, x2 <- x2 cos +
+// x1 sin. cos_sin row: cos [D / 2], then sin [D / 2].
+struct RotaryParams {
+  DType dtype;
+  void* qkv_T3ND;
+  const float* cos_sin_LD;
+  const int64_t* positions_T;
+  int64_t T, N, D;
+  bool inverse;  // by the negative angle
+};
+
 // A run of sequences of one prompt, at positions [first, last) of PrefixAttentionParams::order_B: the unit that partial sums
 // of the prefix's gradient belong to. The split depends on the batch alone, never on the number of threads.
 struct Chunk {
@@ -85,6 +106,13 @@ struct PrefixAttentionParams {
   int64_t num_chunks, B, T, N, D, P, K, longest;    // longest: tokens of the longest sequence
   float scale;
   Dropout dropout, prefix_dropout;
+  // Query t of sequence b sees the tokens below context_B[b] and those in [key_range[2t], key_range[2t + 1]), counted inside
+  // its sequence and clipped to it. Null, both: all of them.
+  const int32_t *context_B, *key_range_T2;
+  // disentangled_attention only: tables [R, N, D], contiguous, each null when that term is absent, and the row of distance
+  // i - j at slots[i - j], for all distances below `longest`. It has no key ranges.
+  const void *rel_k_RND, *rel_q_RND;
+  const int32_t* slots;
   void* out_TND;                                    // contiguous
   float* lse_NT;
 };
