@@ -1,9 +1,9 @@
 """disentangled_attention, forward and forward + backward, against what DeBERTa users have.
 
 Peers: the stock design in plain PyTorch (both relative score matrices [.., S, R] written out, then gathered; padded, prefix
-concatenated), and on a GPU, where their wheels are installed, flashdeberta's packed kernel and disentangled-flash's packed training
-attention. The last two have no prefix, so they are compared without one; disentangled-flash brings its own q, k, v projection,
-so ours runs with its projection there.
+concatenated), and on a GPU, where their wheels are installed, flashdeberta's packed kernel and disentangled-flash's packed
+training attention. The last two have no prefix, so they are compared without one; disentangled-flash brings its own q, k, v
+projection, so ours runs with its projection there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Case:
         self.dout_padded = padded(self.dout.cpu(), self.lengths).to(device)
 
     def ours(self) -> torch.Tensor:
-        return ops.disentangled_attention(self.qkv, *self.prefix, self.rel_k, self.rel_q, self.slots, self.cu, self.S, scale=SCALE)
+        return ops.disentangled_attention(self.qkv, *self.prefix, self.rel_k, self.rel_q, self.slots, self.cu, self.S,
+                                          scale=SCALE)
 
     def stock(self) -> torch.Tensor:
         q, k, v = self.padded
@@ -62,8 +63,8 @@ class Case:
         with torch.no_grad(), ops.use_backend("reference"):
             tables = (self.rel_k, self.rel_q)
             prefix = [None if p is None else p.double() for p in self.prefix]
-            truth = ops.disentangled_attention(self.qkv.double(), *prefix, *(t.double() for t in tables), self.slots, self.cu, self.S,
-                                               scale=SCALE)
+            truth = ops.disentangled_attention(self.qkv.double(), *prefix, *(t.double() for t in tables), self.slots, self.cu,
+                                               self.S, scale=SCALE)
             stock = self.ours()
         assert_error_within("ours", self.ours(), truth, stock)
 
@@ -89,7 +90,8 @@ def test_cpu(compare, dtype, kind, direction):
     case = Case(kind, dtype, "cpu", PROMPT)
     case.check()
     peers = {"ptv2": (case.ours, case.dout), "stock padded": (case.stock, case.dout_padded)}
-    compared(compare, case, peers, f"disentangled_attention {direction}  base {kind} P={PROMPT} {short(dtype)}", direction, rounds=10)
+    compared(compare, case, peers, f"disentangled_attention {direction}  base {kind} P={PROMPT} {short(dtype)}", direction,
+             rounds=10)
 
 
 @pytest.mark.gpu
@@ -107,8 +109,8 @@ def test_gpu(compare, prompt_length, kind, direction):
         peers["flashdeberta packed"] = (
             lambda: varlen(q, k, v, *tables, case.cu, case.cu, case.S, case.S, sm_scale=SCALE, position_buckets=SPAN,
                            max_relative_distance=512), case.dout)
-    compared(compare, case, peers, f"disentangled_attention {direction}  base {kind} P={prompt_length} bf16", direction, rounds=50,
-             warmup=10)
+    name = f"disentangled_attention {direction}  base {kind} P={prompt_length} bf16"
+    compared(compare, case, peers, name, direction, rounds=50, warmup=10)
 
 
 @pytest.mark.gpu
@@ -125,11 +127,12 @@ def test_gpu_with_the_projection(compare, kind):
         position_buckets=SPAN, max_position_embeddings=512, share_att_key=True, attention_probs_dropout_prob=0.0,
         hidden_dropout_prob=0.0)
     theirs = disentangled_flash.TritonTrainingDisentangledSelfAttention(config).to("cuda", torch.bfloat16).requires_grad_(False)
-    weight, bias = (torch.cat([getattr(getattr(theirs, f"{n}_proj"), w) for n in ("query", "key", "value")]) for w in ("weight", "bias"))
+    projections = [getattr(theirs, f"{name}_proj") for name in ("query", "key", "value")]
+    weight, bias = (torch.cat([getattr(p, w) for p in projections]) for w in ("weight", "bias"))
     linear = ops.FrozenLinear(weight, bias)
     table = torch.randn(2 * SPAN, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(case.qkv.shape[0], HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    rel_q, rel_k = (F.linear(table, w, b).view(-1, HEADS, HEAD_DIM) for w, b in zip(weight.chunk(3)[:2], bias.chunk(3)[:2], strict=True))
+    rel_q, rel_k = (F.linear(table, p.weight, p.bias).view(-1, HEADS, HEAD_DIM) for p in projections[:2])
 
     def ours():
         qkv = ops.frozen_linear(x, linear).view(-1, 3, HEADS, HEAD_DIM)

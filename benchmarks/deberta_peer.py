@@ -45,7 +45,7 @@ def _finish(self: nn.Module, q: Tensor, k: Tensor, v: Tensor, relative: Tensor, 
 
 
 class PatchedDeberta(nn.Module):
-    """A transformers DeBERTa ForSequenceClassification with one trainable prefix [L, 2, P, N, D]; pooler and classifier train too."""
+    """A transformers DeBERTa ForSequenceClassification with a trainable prefix [L, 2, P, N, D], pooler and classifier."""
 
     def __init__(self, model: nn.Module, prompt_length: int) -> None:
         super().__init__()

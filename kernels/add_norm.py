@@ -36,8 +36,8 @@ def normalise(x, inside, H, eps):
 
 
 @triton.jit(do_not_specialize=["T", "threshold", "site"])
-def add_norm_fwd_kernel(x_TH, residual_TH, weight_H, bias_H, y_TH, xhat_TH, rstd_T, sum_TH, seed, T, H, eps, threshold, keep_scale,
-                        site, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr):
+def add_norm_fwd_kernel(x_TH, residual_TH, weight_H, bias_H, y_TH, xhat_TH, rstd_T, sum_TH, seed, T, H, eps, threshold,
+                        keep_scale, site, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, DROPOUT: tl.constexpr, SAVE: tl.constexpr):
     first_row = tl.program_id(0) * ROWS
     offsets, mask, inside = row_tile(first_row, T, H, ROWS, BLOCK_H)
     x = tl.load(x_TH + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -95,8 +95,8 @@ def add_norm_fwd(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, bias_H: Te
         config = choose_rows(H)
         add_norm_fwd_kernel[(triton.cdiv(T, config.rows),)](
             x_TH, residual_TH, weight_H, bias_H, y_TH, xhat_TH, rstd_T, sum_TH if with_sum else None,
-            seed if dropout_p > 0 else None, T, H, eps, threshold_arg(dropout_p), 1.0 / (1.0 - dropout_p), site, ROWS=config.rows, BLOCK_H=config.block,
-            DROPOUT=dropout_p > 0, SAVE=save, num_warps=config.warps)
+            seed if dropout_p > 0 else None, T, H, eps, threshold_arg(dropout_p), 1.0 / (1.0 - dropout_p), site,
+            ROWS=config.rows, BLOCK_H=config.block, DROPOUT=dropout_p > 0, SAVE=save, num_warps=config.warps)
     return y_TH, xhat_TH, rstd_T, sum_TH
 
 

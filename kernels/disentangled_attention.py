@@ -53,10 +53,10 @@ def relative_forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, rel_k_RND, 
         pk_base = prefix_k + prompt * pk_prompt + n * D
         pv_base = prefix_v + prompt * pv_prompt + n * D
         for j in range(0, num_prefix, BLOCK_P):
-            k = load_prefix(pk_base, j, pk_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_K, PREFIX_DROPOUT, BLOCK_P, D,
-                            BLOCK_D)
-            v = load_prefix(pv_base, j, pv_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_V, PREFIX_DROPOUT, BLOCK_P, D,
-                            BLOCK_D)
+            k = load_prefix(pk_base, j, pk_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_K, PREFIX_DROPOUT,
+                            BLOCK_P, D, BLOCK_D)
+            v = load_prefix(pv_base, j, pv_row, num_prefix, c2, seed, prefix_threshold, site, PREFIX_V, PREFIX_DROPOUT,
+                            BLOCK_P, D, BLOCK_D)
             acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, num_prefix - j, scale2 * prefix_scale, prefix_scale,
                                            first, j, c2, PREFIX_PROB, seed, threshold, site, BLOCK_M, BLOCK_P, DROPOUT, PRECISION)
     for j in range(0, length, BLOCK_N):

@@ -129,8 +129,8 @@ def relative_dkdv_kernel(dout_TND, q_TND, k_TND, v_TND, rel_k_RND, rel_q_RND, sl
 
 def tokens_bwd(inputs: tuple, tables: tuple[Tensor | None, Tensor | None, Tensor], out_TND: Tensor, lse_NT: Tensor,
                dqkv_T3ND: Tensor, max_seqlen: int, run: dict, fixed: dict, plan: RelativePlan, need_tokens: bool) -> Tensor:
-    """Fill dqkv [T, 3, N, D] if need_tokens and return delta [N, T]. inputs: dout, q, k, v, prefix_k, prefix_v; tables: rel_k, rel_q,
-    slots; run and fixed: prefix_attention.plain_arguments."""
+    """Fill dqkv [T, 3, N, D] if need_tokens and return delta [N, T]. inputs: dout, q, k, v, prefix_k, prefix_v; tables: rel_k,
+    rel_q, slots; run and fixed: prefix_attention.plain_arguments."""
     N, B, L = run["N"], run["B"], (tables[2].shape[0] + 1) // 2
     delta_NT = torch.empty_like(lse_NT)
     relative_dq_kernel[(triton.cdiv(max_seqlen, plan.dq.block_m), N, B + 1)](

@@ -1,7 +1,7 @@
 """The band of distances of a tile: its table rows, the skewed read of its scores, and the skewed write of their gradient.
 
-M queries from i0, N keys from j0. Column c of a band stands for distance i0 - j0 + c - (N - 1), so query ii and key jj of the tile
-meet in column ii - jj + N - 1. Both skews are gathers along a row, through shared memory.
+M queries from i0, N keys from j0. Column c of a band stands for distance i0 - j0 + c - (N - 1), so query ii and key jj of the
+tile meet in column ii - jj + N - 1. Both skews are gathers along a row, through shared memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton.language as tl
 @triton.jit
 def band_rows(table_RND, slots, n, N, offset, L, BLOCK_N: tl.constexpr, BAND: tl.constexpr, D: tl.constexpr,
               BLOCK_D: tl.constexpr):
-    """[BAND, BLOCK_D] rows of head n for the distances of a tile; offset = i0 - j0. Distances beyond the slots take row 0, which no
-    query or key of the sequence reads."""
+    """[BAND, BLOCK_D] rows of head n for the distances of a tile; offset = i0 - j0. Distances beyond the slots take row 0, which
+    no query or key of the sequence reads."""
     index = offset + tl.arange(0, BAND) - (BLOCK_N - 1) + L - 1
     rows = tl.load(slots + index, mask=(index >= 0) & (index < 2 * L - 1), other=0)
     columns = tl.arange(0, BLOCK_D)

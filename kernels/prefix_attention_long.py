@@ -32,10 +32,10 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["T", "B", "P", "threshold", "prefix_threshold", "site"])
 def dq_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, dqkv_T3ND, delta_NT, context_B, key_range_T2,
-              cu_seqlens, prompt_ids, prompt_lengths, seed, q_row, k_row, v_row, pk_prompt, pk_row, pv_prompt, pv_row, T, B, P, N, scale, threshold,
-              keep_scale, prefix_threshold, prefix_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-              BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
-              PRECISION: tl.constexpr, NEED_TOKENS: tl.constexpr):
+              cu_seqlens, prompt_ids, prompt_lengths, seed, q_row, k_row, v_row, pk_prompt, pk_row, pv_prompt, pv_row, T, B, P,
+              N, scale, threshold, keep_scale, prefix_threshold, prefix_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, DROPOUT: tl.constexpr,
+              PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NEED_TOKENS: tl.constexpr):
     tile, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(cu_seqlens + b)
     grad_row = 3 * N * D
@@ -113,9 +113,9 @@ def dq_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT
 
 
 @triton.jit(do_not_specialize=["T", "B", "threshold", "site"])
-def dkdv_kernel(dout_TND, q_TND, k_TND, v_TND, lse_NT, delta_NT, dqkv_T3ND, context_B, key_range_T2, cu_seqlens, seed, q_row, k_row, v_row, T, B, N, scale,
-                threshold, keep_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+def dkdv_kernel(dout_TND, q_TND, k_TND, v_TND, lse_NT, delta_NT, dqkv_T3ND, context_B, key_range_T2, cu_seqlens, seed, q_row,
+                k_row, v_row, T, B, N, scale, threshold, keep_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
     tile, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(cu_seqlens + b)
     grad_row = 3 * N * D

@@ -80,7 +80,7 @@ def from_thudm(cls: type[PromptedModel], file: str | Path, base: str | Path | nn
                                "(question answering and shallow prompts cannot be imported yet).")
     embedding = state["prefix_encoder.embedding.weight"]
     projected = "prefix_encoder.trans.0.weight" in state
-    task = task or ("sequence-classification" if any(".pooler." in n for n in state) else "token-classification")
+    task = task or ("sequence-classification" if any("pooler." in n for n in state) else "token-classification")
     encoder, origin = load_encoder(base, dtype=dtype, device=device)
     backbone = TensorDictionary(str(path), origin.config, state)
     theirs, pooler = fingerprints(backbone)
@@ -89,7 +89,8 @@ def from_thudm(cls: type[PromptedModel], file: str | Path, base: str | Path | nn
                               f"({origin.weights_hash[:12]}); pass the base model it was trained on.")
     prompt = PromptConfig(prompt_length=embedding.shape[0], reparameterization="mlp" if projected else None,
                           reparameterization_hidden=state["prefix_encoder.trans.0.weight"].shape[0] if projected else 512)
-    own_pooler = bool(pooler) and pooler != origin.pooler_hash and task == "sequence-classification"
+    trained_pooler = "pooler.dense.weight" in state           # DeBERTa's ContextPooler, outside the backbone
+    own_pooler = task == "sequence-classification" and (trained_pooler or bool(pooler) and pooler != origin.pooler_hash)
     tensors = {f"base_model.classifier.{'out_proj.' * own_pooler}{w}": state[f"classifier.{w}"] for w in ("weight", "bias")}
     if own_pooler:
         options = {"pooler": "trained"} | options

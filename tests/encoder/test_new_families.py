@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ptv2_engine import PromptConfig, PromptedModel, ops
 from ptv2_engine.encoder import Encoder, Prefix
@@ -101,6 +104,30 @@ def test_bf16_is_no_further_from_the_truth_than_twice_stock_bf16(name):
 def test_relative_positions_reach_past_the_length_the_config_names(name, length):
     _, model, encoder, _ = make(name)
     batch = padded_batch([length, 1])
+    theirs = model(**batch).last_hidden_state[batch["attention_mask"].bool()]
+    ours = encoder(pack(batch["input_ids"], batch["attention_mask"]))
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", ["v1", "v3", "modernbert"])
+def test_fully_padded_rows_change_nothing_for_the_others(name):
+    family, model, encoder, batch = make(name)
+    batch["attention_mask"][2] = 0
+    rows = torch.randn(3, 2, 5, 4, 16)
+    ours = encoder(pack(batch["input_ids"], batch["attention_mask"]), prefix_of(rows))
+    exact = plain_of(family)(model.double(), batch, rows.double())
+    assert ours.shape[0] == sum(LENGTHS) - 17
+    assert (ours - exact[batch["attention_mask"].bool()]).abs().max() <= 1e-5 * exact.abs().max()
+    if family != "modernbert":
+        assert encoder(pack(batch["input_ids"], batch["attention_mask"]), prefix_of(rows), first_tokens_only=True)[2].eq(0).all()
+
+
+@pytest.mark.parametrize("name", ["v1", "v3"])
+def test_the_published_geometry_up_to_512_tokens(name):
+    family, overrides = MODELS[name]
+    sizes = {"max_relative_positions": -1, "max_position_embeddings": 512} | ({"position_buckets": 256} if name == "v3" else {})
+    model = tiny_model(family, **overrides | sizes)
+    encoder, batch = Encoder.from_pretrained(model).eval(), padded_batch([512, 1, 300])
     theirs = model(**batch).last_hidden_state[batch["attention_mask"].bool()]
     ours = encoder(pack(batch["input_ids"], batch["attention_mask"]))
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -222,6 +249,35 @@ def test_a_deep_prompt_shifts_no_glm_position_and_a_shallow_one_stands_in_part_a
     for method, taken in (("deep", 0), ("shallow", 20)):
         model = PromptedModel.from_pretrained(PlainGLM(), prompt=PromptConfig(prompt_length=20, method=method))
         assert model.max_length() == TINY["max_sequence_length"] + 1 - taken
+
+
+@pytest.mark.parametrize("kind", ["safetensors with the class's prefix", "bin in shards"])
+def test_glm_checkpoints_of_transformers_load_with_one_tensor_more(tmp_path, kind):
+    """Weights and one tensor beside them are all that is allocated; files are memory-mapped."""
+    plain = PlainGLM()
+    state = {name: t.half() for name, t in plain.state_dict().items()}
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    if kind.startswith("bin"):
+        names = sorted(state)
+        shards = {f"pytorch_model-0000{i}-of-00003.bin": {n: state[n] for n in names[i::3]} for i in range(3)}
+        for file, part in shards.items():
+            torch.save(part, tmp_path / file)
+        where = {name: file for file, part in shards.items() for name in part}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    else:
+        save_file({f"glm.{name}": t for name, t in state.items()}, tmp_path / "model.safetensors")
+    mapped = {file.stat().st_size for file in tmp_path.iterdir()}
+    live = peak = 0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        encoder = Encoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]" and abs(event.nbytes()) not in mapped:
+            live += event.nbytes()
+            peak = max(peak, live)
+    weights, largest = sum(p.nbytes for p in encoder.parameters()), max(p.numel() for p in encoder.parameters()) * 4
+    assert weights <= peak <= weights + largest
+    batch = pack(torch.randint(5, 120, (2, 9)))
+    assert torch.equal(encoder(batch), Encoder.from_pretrained(plain.half(), dtype=torch.bfloat16)(batch))
 
 
 def test_a_glm4_decoder_config_is_told_apart():

@@ -16,6 +16,8 @@ from kernel_checks import (
     mixed_prompts,
     run_attention,
 )
+from test_disentangled_attention_kernel import Case as Disentangled
+from test_disentangled_attention_kernel import check as check_disentangled
 
 from ptv2_engine import ops
 from ptv2_engine.testing import assert_error_within
@@ -30,6 +32,7 @@ DTYPES = [bf16, fp16, fp32]
 @pytest.mark.parametrize("T, H", [(1, 64), (1000, 768), (333, 1024), (65, 4096), (7, 8192)])
 def test_row_ops(T, H, p, dtype):
     check_add_norm(T, H, dtype, p)
+    check_add_norm(T, H, dtype, p, with_sum=True)
     check_embedding(T, H, dtype, p)
 
 
@@ -59,6 +62,45 @@ def test_attention_dropout(lengths, P, dtype):
 def test_attention_of_long_rows(dtype):
     check_attention(Attention((1500, 33, 2048), 128, N=2, D=64, dtype=dtype, keep_out=True))
     check_attention(Attention((1024,), 200, N=2, D=128, dtype=dtype, keep_out=True, dropout_p=0.1, prefix_dropout_p=0.1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seen", ["causal", "candidates", "window"])
+@pytest.mark.parametrize("lengths, P, keep_out", [((127, 0, 1, 64), 20, False), ((1500, 33), 16, True)])
+def test_queries_that_do_not_see_every_token(lengths, P, keep_out, seen, dtype):
+    case = Attention(lengths, P, N=2, D=64, dtype=dtype, seen=seen, keep_out=keep_out, spare_rows=3)
+    check_attention(case)
+    check_attention(mixed_prompts(replace(case, dropout_p=0.1, prefix_dropout_p=0.1)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [16, 32, 64, 80, 128])
+@pytest.mark.parametrize("P, buckets", [(0, 0), (20, 0), (100, 24)])
+def test_disentangled_attention(P, buckets, D, dtype):
+    check_disentangled(Disentangled((127, 0, 1, 64, 17), P, N=3, D=D, dtype=dtype, buckets=buckets, spare_rows=3))
+    check_disentangled(Disentangled((300, 65), P, N=2, D=D, dtype=dtype, span=256, dropout_p=0.1, prefix_dropout_p=0.1 * (P > 0)))
+
+
+@pytest.mark.parametrize("terms", ["c2p", "p2c"])
+def test_one_relative_table(terms):
+    check_disentangled(Disentangled((127, 64), 20, N=2, D=64, dtype=bf16, terms=terms))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary_and_geglu(dtype):
+    table = ops.cos_sin_table(700, 64, 10000.0, "cuda")
+    qkv = torch.randn(1000, 3 * 12 * 64, device="cuda").to(dtype)
+    z, dh = torch.randn(513, 2304, device="cuda").to(dtype), torch.randn(513, 1152, device="cuda").to(dtype)
+    positions, results = torch.arange(1000, device="cuda") % 700, []
+    for backend, precision in (("triton", dtype), ("reference", torch.float64), ("reference", dtype)):
+        x, y = qkv.to(precision).requires_grad_(), z.to(precision).requires_grad_()
+        with ops.use_backend(backend):
+            turned = ops.rotary(x * 1, 12, table, positions)
+            h = ops.linear_geglu(y, torch.eye(2304, device="cuda", dtype=precision))
+        grads = (torch.autograd.grad(turned.square().sum(), x)[0], torch.autograd.grad(h, y, dh.to(precision))[0])
+        results.append((turned, grads[0], h, grads[1]))
+    for name, actual, exact, stock in zip(("rotary", "dqkv", "geglu", "dz"), *results, strict=True):
+        assert_error_within(name, actual, exact, stock, 2.0, 4.0)
 
 
 def test_many_sequences():

@@ -42,7 +42,8 @@ def attention(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.0, 
     ranges = (torch.zeros(2, dtype=torch.int32), torch.zeros(T, 2, dtype=torch.int32)) if ranged else (None, None)
     out, lse = prefix_attention.prefix_attention_fwd(q, k, v, *prefix, *plain, *ranges)
     given = out if S + P > 1024 else None
-    prefix_attention.prefix_attention_bwd(torch.zeros_like(out), q, k, v, *prefix, given, lse, *plain, *ranges, need_tokens, P > 0)
+    prefix_attention.prefix_attention_bwd(torch.zeros_like(out), q, k, v, *prefix, given, lse, *plain, *ranges, need_tokens,
+                                          P > 0)
 
 
 def row_ops(H: int, dtype: torch.dtype, dropout: float) -> None:
@@ -65,7 +66,8 @@ def disentangled(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.
     q, k, v = torch.zeros(T, 3, N, D, dtype=dtype).unbind(1)
     prefix = [torch.zeros(1, P, N, D, dtype=dtype) for _ in range(2)] if P else [None, None]
     tables = [torch.zeros(512, N, D, dtype=dtype) if term in terms else None for term in ("c2p", "p2c")]
-    plain = (torch.tensor([0, S, T], dtype=torch.int32), S, None, None, 0.07, dropout, dropout, torch.zeros(1, dtype=torch.int64), 3)
+    plain = (torch.tensor([0, S, T], dtype=torch.int32), S, None, None, 0.07, dropout, dropout,
+             torch.zeros(1, dtype=torch.int64), 3)
     slots = torch.zeros(2 * S - 1, dtype=torch.int32)
     out, lse = disentangled_attention.disentangled_attention_fwd(q, k, v, *prefix, *tables, slots, *plain)
     disentangled_attention.disentangled_attention_bwd(torch.zeros_like(out), q, k, v, *prefix, *tables, slots, out, lse, *plain,

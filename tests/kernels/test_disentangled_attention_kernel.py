@@ -41,7 +41,8 @@ def inputs(case: Case) -> dict:
     qkv = random_qkv([T], case.N, case.D, case.dtype, device=DEVICE)
     qkv[T - case.spare_rows:] = float("nan")
     longest = max(case.lengths, default=0)
-    ids = [None if x is None else torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (case.prompt_ids, case.prompt_lengths)]
+    ids = [None if x is None else torch.tensor(x, dtype=torch.int32, device=DEVICE)
+           for x in (case.prompt_ids, case.prompt_lengths)]
     slots = slots_of(1 << max(longest - 1, 0).bit_length(), case.span, case.buckets, 4 * case.span, torch.device(DEVICE))
     return {"qkv": qkv, "dout": randn(T, case.N, case.D, seed=9, dtype=case.dtype) + 1, "longest": longest, "ids": ids,
             "prefix": random_prefix(case.K, case.P, case.N, case.D, case.dtype, device=DEVICE) if case.P else (None, None),
@@ -80,8 +81,9 @@ def exact(case: Case, given: dict, precision: torch.dtype) -> list[torch.Tensor]
         probs = (scores * scale).softmax(-1)
         if case.dropout_p > 0:
             at = torch.arange(S, device=DEVICE).expand(case.N, -1)
-            probs = probs * torch.cat([_philox.keep_scale(at, n, heads, p=case.dropout_p, stream=stream, **draw) for n, stream in (
-                (used, _philox.PREFIX_PROB), (S, _philox.TOKEN_PROB))], -1).to(precision)
+            keep = [_philox.keep_scale(at, n, heads, p=case.dropout_p, stream=stream, **draw)
+                    for n, stream in ((used, _philox.PREFIX_PROB), (S, _philox.TOKEN_PROB))]
+            probs = probs * torch.cat(keep, -1).to(precision)
         rows.append((probs @ v).transpose(0, 1))
     out = torch.cat([*rows, qkv.new_zeros(case.spare_rows, case.N, case.D)])
     leaves = [qkv, *(p for p in prefix if p is not None)]
@@ -129,7 +131,8 @@ def test_tables_that_are_left_out(terms):
     check(Case((40, 17), terms=terms))
 
 
-@pytest.mark.parametrize("case", [Case((40, 5), N=2, dtype=fp32), Case((17,), 0, dtype=fp32), Case((33, 1), 20, D=64, dtype=fp32)])
+@pytest.mark.parametrize("case", [
+    Case((40, 5), N=2, dtype=fp32), Case((17,), 0, dtype=fp32), Case((33, 1), 20, D=64, dtype=fp32)])
 def test_fp32(case):
     check(case)
 

@@ -153,7 +153,8 @@ def test_opcheck_of_every_schema():
           for tokens, seen in ((True, (None, None)), (False, (None, None)), (True, ranges))),
         (torch.ops.ptv2.disentangled_attention_fwd, (*qkv.unbind(1), pk, pv, *tables, *plain)),
         *((torch.ops.ptv2.disentangled_attention_bwd,
-           (torch.randn_like(out), *qkv.unbind(1), pk, pv, *tables, None, lse, *plain, tokens, True)) for tokens in (True, False)),
+           (torch.randn_like(out), *qkv.unbind(1), pk, pv, *tables, None, lse, *plain, tokens, True))
+          for tokens in (True, False)),
         (torch.ops.ptv2.rotary_, (qkv.clone(), torch.randn(9, D), torch.arange(8), False)),
         (torch.ops.ptv2.geglu_fwd, (z,)),
         (torch.ops.ptv2.geglu_bwd, (torch.randn(6, 8), z)),
