@@ -166,6 +166,25 @@ class PublishedPrefixEncoder(torch.nn.Module):
 
 
 @pytest.mark.parametrize("projection", [False, True])
+def test_published_deberta_checkpoints_import_with_their_trained_pooler(projection, tmp_path):
+    """The published DeBERTa class keeps its ContextPooler outside the backbone, trained."""
+    base = tiny_model("deberta", "SequenceClassification", num_labels=3)
+    encoder = PublishedPrefixEncoder(projection)
+    torch.save(base.state_dict() | {f"prefix_encoder.{n}": t for n, t in encoder.state_dict().items()},
+               tmp_path / "pytorch_model.bin")
+    ours = PromptedModel.from_thudm(tmp_path, base)
+    assert ours.task == "sequence-classification" and ours.num_labels == 3
+    torch.testing.assert_close(ours.prompt.rows()[0], encoder())
+    torch.testing.assert_close(ours.head.dense.weight, base.pooler.dense.weight)
+    torch.testing.assert_close(ours.head.classifier.weight, base.classifier.weight)
+    bare = PromptedModel.from_pretrained(base, num_labels=3, prompt=PromptConfig(method="none"))
+    bare.head.load_state_dict(ours.head.state_dict())
+    batch = padded_batch([9, 4, 6])
+    theirs = base(**batch).logits
+    assert (bare(**batch).logits - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("task", TASKS)
 def test_published_checkpoints_import(projection, task, tmp_path):
     base, _, batch = make("bert", task)
