@@ -60,8 +60,8 @@ class GlmEmbeddings(Embeddings):
             return
         low, high = int(rows_T.min()), int(rows_T.max())
         if low < 0 or high >= self.config.max_positions:
-            raise InputError(f"{name} {low if low < 0 else high} is outside the table of {self.config.max_positions} rows; truncate "
-                             "the sequence, or build position_ids with cloze_features.")
+            raise InputError(f"{name} {low if low < 0 else high} is outside the table of {self.config.max_positions} rows; "
+                             "truncate the sequence, or build position_ids with cloze_features.")
 
 
 class GlmEncoder(PreNormEncoder):
