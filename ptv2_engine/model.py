@@ -217,7 +217,9 @@ class PromptedModel(nn.Module):
         else:
             first_BH = self.hidden_states(batch, seed, first_tokens_only=True)
             scores = logits = self.head(self.encoder.pool(first_BH) if self.pooler_kind == "frozen" else first_BH)
-        loss = None if labels is None else classification_loss(scores, labels, self.problem_type, num_items_in_batch)
+        # A batch of rows with one candidate each is a choice too, and no regression
+        problem_type = "single_label_classification" if self.task == "cloze" else self.problem_type
+        loss = None if labels is None else classification_loss(scores, labels, problem_type, num_items_in_batch)
         if not return_dict:
             return (logits,) if loss is None else (loss, logits)
         from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput

@@ -84,6 +84,13 @@ def test_candidates_behind_one_context_score_as_if_each_stood_alone(length_penal
     assert (ours - model.prompt.bank.grad).abs().max() <= 1e-5 * model.prompt.bank.grad.abs().max()
 
 
+def test_rows_with_one_candidate_each_are_a_choice_and_no_regression():
+    model = model_of(PlainGLM(), dtype=torch.float32)
+    batch = PackedCollator()([example(*c, answers[:1], 0) for c, answers in zip(CONTEXTS, ANSWERS, strict=True)])
+    out = model(**batch)
+    assert out.logits.shape == (3, 1) and out.loss.item() == 0.0
+
+
 def test_padded_and_packed_inputs_give_the_same():
     model = model_of(PlainGLM(), dtype=torch.float32)
     features = [example(*c, answers) for c, answers in zip(CONTEXTS, ANSWERS, strict=True)]

@@ -133,6 +133,28 @@ def test_the_published_geometry_up_to_512_tokens(name):
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("family", ["deberta", "deberta-v2", "modernbert", "glm"])
+@pytest.mark.parametrize("method", ["deep", "shallow"])
+def test_a_prompt_can_start_from_tokens(family, method):
+    """A deep prompt made of a sequence's own keys and values: its tokens as a prefix are what that sequence would add."""
+    backbone = PlainGLM() if family == "glm" else tiny_model(family)
+    prompt = PromptConfig(prompt_length=4, init="tokens", init_tokens=[9, 8, 7], method=method)
+    model = PromptedModel.from_pretrained(backbone, prompt=prompt, num_labels=2)
+    encoder = model.encoder
+    if method == "shallow":
+        assert torch.equal(model.prompt.bank[0], encoder.embeddings.word[[9, 8, 7, 9]])
+        return
+    rows_P2ND = model.prompt.bank[0].view(4, 3, 2, 4, 16)[:, 0]                     # of the lowest layer
+    x_TH = encoder.embeddings(pack(torch.tensor([[9, 8, 7, 9]])), 0, 0.0, None, 0)
+    layer = encoder.layers[0]
+    if family == "glm":
+        x_TH = torch.nn.functional.layer_norm(x_TH, (64,), layer.attn_norm_weight, layer.attn_norm_bias, 1e-5)
+    expected = layer.qkv(x_TH).view(4, 3, 4, 16)
+    torch.testing.assert_close(rows_P2ND[:, 1], expected[:, 2], rtol=1e-5, atol=1e-5)
+    if family != "modernbert":                                                      # whose keys are turned by their position
+        torch.testing.assert_close(rows_P2ND[:, 0], expected[:, 1], rtol=1e-5, atol=1e-5)
+
+
 def test_the_relative_tables_are_projected_once_and_their_projections_dropped():
     for name in ("v1", "v3", "v2 p2c"):
         _, model, encoder, _ = make(name)
