@@ -65,7 +65,10 @@ class ModernBertEncoder(PreNormEncoder):
         assert has is not None
         rows = torch.arange(num_rows, device=self.device)
         owner = torch.searchsorted(step.cu_seqlens[1:].long(), rows, right=True)
-        positions_T = batch.position_ids_T if token_rows_T is None else rows - step.cu_seqlens.long()[owner]
+        first_row_T = step.cu_seqlens.long()[owner]
+        # Counted from each sequence's first token: beside a prefix, whose keys are not turned, padding on the left would show
+        positions_T = rows - first_row_T if token_rows_T is not None else (
+            batch.position_ids_T - batch.position_ids_T[first_row_T])
         longest = max(batch.num_positions, step.max_seqlen)
         length = 1 << max(longest - 1, 0).bit_length()               # a few tables serve all batches
         # A window that holds the longest sequence is no window: the kernels then skip the mask.

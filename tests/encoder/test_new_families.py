@@ -122,6 +122,15 @@ def test_fully_padded_rows_change_nothing_for_the_others(name):
         assert encoder(pack(batch["input_ids"], batch["attention_mask"]), prefix_of(rows), first_tokens_only=True)[2].eq(0).all()
 
 
+@pytest.mark.parametrize("name", ["v1", "v3", "modernbert"])
+def test_padding_on_the_left_changes_nothing(name):
+    _, _, encoder, _ = make(name)
+    ids, rows = torch.randint(5, 120, (1, 30)), torch.randn(3, 2, 5, 4, 16)
+    mask = torch.ones_like(ids)
+    mask[:, :7] = 0
+    torch.testing.assert_close(encoder(pack(ids, mask), prefix_of(rows)), encoder(pack(ids[:, 7:]), prefix_of(rows)))
+
+
 @pytest.mark.parametrize("name", ["v1", "v3"])
 def test_the_published_geometry_up_to_512_tokens(name):
     family, overrides = MODELS[name]
