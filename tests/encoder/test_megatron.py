@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from ptv2_engine.encoder import megatron
+from ptv2_engine.encoder import Encoder, megatron
 from ptv2_engine.encoder.glm_sizes import BPE, SIZES, glm_config, num_parameters
 from ptv2_engine.encoder.megatron import open_megatron
 from ptv2_engine.errors import CheckpointError, ConfigError
+from ptv2_engine.packing import pack
+from tests.encoder.plain_glm import PlainGLM
 
 HIDDEN, LAYERS, VOCAB, LENGTH = 128, 2, 256, 12
 WORDS = "word_embeddings.weight"
@@ -98,6 +100,17 @@ def test_merged_tensors_and_config(whole, tmp_path, ranks, with_args):
     assert checkpoint.location == str(tmp_path)
     expected = glm_config(LAYERS, HIDDEN, 4 if with_args else HIDDEN // 64, VOCAB, LENGTH)
     assert checkpoint.config == expected | ({"attention_scale": 8.0} if with_args else {})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_encoder_from_a_megatron_folder_computes_what_the_plain_model_does(tmp_path, ranks):
+    plain = PlainGLM().double()
+    args = argparse.Namespace(num_attention_heads=4, layernorm_epsilon=1e-5)
+    write(tmp_path / "glm", plain.state_dict(), ranks, args=args, **junk())
+    ids, positions = torch.randint(5, 120, (9,)), torch.stack((torch.arange(9), torch.zeros(9, dtype=torch.long)))
+    ours = Encoder.from_pretrained(tmp_path / "glm", dtype=torch.float64).eval()(pack(ids[None]))
+    exact = plain(ids, positions, torch.ones(9, 9, dtype=torch.bool))
+    assert (ours - exact).abs().max() <= 1e-12 * exact.abs().max()
 
 
 @pytest.mark.parametrize("prefix", ["model.", "module.", "glm.", "module.module.model."])
