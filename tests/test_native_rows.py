@@ -13,6 +13,8 @@ from torch import Tensor
 from ptv2_engine.ops import _philox, cos_sin_table
 from ptv2_engine.ops.add_norm import reference_sum
 from ptv2_engine.ops.embedding import reference as embedding_reference
+from ptv2_engine.ops.quantised import quantise
+from ptv2_engine.ops.quantised import reference as dequantise_reference
 from ptv2_engine.ops.rotary import reference as rotary_reference
 from ptv2_engine.testing import assert_error_within
 
@@ -135,6 +137,18 @@ def test_embedding(tables: str, dtype: torch.dtype) -> None:
     assert_error_within("x", actual, run(torch.float64), run(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (64, 1), (3, 320), (32, 1030), (700, 96)])
+def test_dequantise(rows: int, columns: int, kind: str, dtype: torch.dtype) -> None:
+    q = quantise(torch.randn(rows, columns), kind)
+    every = torch.arange(q.codes.numel()).to(torch.uint8).view(q.codes.shape)    # the codes of NaN and -128 too
+    for codes in (q.codes, every if kind == "nf4" else every.view(q.codes.dtype)):
+        actual = torch.ops.ptv2.dequantise(codes, q.scales, kind, rows, columns, dtype)
+        expected = dequantise_reference(q._replace(codes=codes), dtype)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_words_of_errors() -> None:
     word, weight, ids = torch.randn(30, 8), torch.ones(8), torch.tensor([3, 30])
     with pytest.raises(IndexError, match="token 1 has word id 30 of 30, position 0 of 0"):
@@ -145,6 +159,15 @@ def test_words_of_errors() -> None:
         torch.ops.ptv2.geglu_fwd(torch.zeros(2, 7))
     with pytest.raises(IndexError, match="token 1 has position 30 of 20"):
         torch.ops.ptv2.rotary_(torch.zeros(2, 3, 1, 8), cos_sin_table(20, 8, 1e4), ids, False)
+    codes = torch.zeros(3, 64, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="kind 'int4' must be"):
+        torch.ops.ptv2.dequantise(codes, torch.ones(3), "int4", 3, 64, torch.float32)
+    with pytest.raises(RuntimeError, match=r"must be contiguous .* of a fp8 weight \[3, 64\]"):
+        torch.ops.ptv2.dequantise(codes, torch.ones(3), "fp8", 3, 64, torch.float32)
+    with pytest.raises(RuntimeError, match=r"scales \[2\] must be \[3\]"):
+        torch.ops.ptv2.dequantise(codes, torch.ones(2), "int8", 3, 64, torch.float32)
+    with pytest.raises(RuntimeError, match="not a multiple of 64"):
+        torch.ops.ptv2.dequantise(torch.zeros(15, dtype=torch.uint8), torch.ones(0), "nf4", 3, 10, torch.float32)
 
 
 def check_all() -> None:
@@ -153,6 +176,8 @@ def check_all() -> None:
         test_add_norm(100, 0.3, True, dtype)
         test_embedding("all", dtype)
         test_geglu(37, 96, dtype)
+        for kind in ("int8", "fp8", "nf4"):
+            test_dequantise(32, 1030, kind, dtype)
         test_rotary(29, 3, 80, False, dtype)
         for approximate in ("none", "tanh"):
             test_gelu(20001, approximate, dtype)

@@ -156,6 +156,26 @@ void rotary_op(const Tensor& qkv_T3ND, const Tensor& cos_sin_LD, const Tensor& p
   rotary({dtype, qkv_T3ND.mutable_data_ptr(), cos_sin_LD.const_data_ptr<float>(), position, T, N, D, inverse});
 }
 
+Tensor dequantise_op(const Tensor& codes, const Tensor& scales, std::string_view kind, int64_t rows, int64_t columns,
+                     at::ScalarType dtype) {
+  const char* op = "dequantise";
+  TORCH_CHECK(kind == "int8" || kind == "fp8" || kind == "nf4", op, ": kind '", kind, "' must be 'int8', 'fp8' or 'nf4'.");
+  const bool nf4 = kind == "nf4";
+  const at::ScalarType stored = nf4 ? at::kByte : kind == "int8" ? at::kChar : at::kFloat8_e4m3fn;
+  const int64_t count = rows * columns;
+  TORCH_CHECK(rows >= 0 && columns >= 0 && (!nf4 || count % 64 == 0), op, ": ", kind, " weights cannot be [", rows, ", ",
+              columns, "]", nf4 ? ", not a multiple of 64." : ".");
+  TORCH_CHECK(codes.scalar_type() == stored && codes.numel() == (nf4 ? count / 2 : count) && codes.is_contiguous(), op,
+              ": codes ", codes.sizes(), " ", codes.scalar_type(), " must be contiguous ", stored, " of a ", kind, " weight [",
+              rows, ", ", columns, "].");
+  const Tensor scale = vector_f32(op, "scales", scales, nf4 ? count / 64 : rows);
+  Tensor out = at::empty({rows, columns}, codes.options().dtype(dtype));
+  const Quantisation q = nf4 ? Quantisation::nf4 : kind == "int8" ? Quantisation::int8 : Quantisation::fp8;
+  dequantise({dtype_of(op, out), q, codes.const_data_ptr(), scale.const_data_ptr<float>(), out.mutable_data_ptr(), rows,
+              columns});
+  return out;
+}
+
 TORCH_LIBRARY_IMPL(ptv2, CPU, m) {
   m.impl("embedding", embedding_op);
   m.impl("add_norm_fwd", add_norm_fwd_op);
@@ -165,6 +185,7 @@ TORCH_LIBRARY_IMPL(ptv2, CPU, m) {
   m.impl("geglu_fwd", geglu_op);
   m.impl("geglu_bwd", geglu_bwd_op);
   m.impl("rotary_", rotary_op);
+  m.impl("dequantise", dequantise_op);
 }
 
 }  // namespace

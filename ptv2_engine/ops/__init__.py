@@ -13,10 +13,11 @@ from ptv2_engine.ops.linear_geglu import linear_geglu
 from ptv2_engine.ops.linear_gelu import linear_gelu
 from ptv2_engine.ops.lm_head import vocabulary_log_prob
 from ptv2_engine.ops.prefix_attention import extra_reasons, key_ranges, prefix_attention, prefix_attention_qkv
+from ptv2_engine.ops.quantised import Quantised, dequantise, quantise
 from ptv2_engine.ops.rotary import cos_sin_table, rotary
 
 OPS = ("embedding", "frozen_linear", "prefix_attention", "disentangled_attention", "rotary", "add_norm", "linear_gelu",
-       "linear_geglu")
+       "linear_geglu", "dequantise")
 
 
 def backend_for(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64) -> Choice:
@@ -24,6 +25,6 @@ def backend_for(op: str, device: str | torch.device = "cpu", dtype: torch.dtype 
     return choose(op, torch.device(device), dtype, extra_reasons(head_dim) if op.endswith("attention") else None)
 
 
-__all__ = ["BACKENDS", "OPS", "Choice", "FrozenLinear", "add_norm", "add_norm_sum", "backend_for", "can_pack", "cos_sin_table",
-           "disentangled_attention", "embedding", "frozen_linear", "key_ranges", "linear_geglu", "linear_gelu",
-           "prefix_attention", "prefix_attention_qkv", "rotary", "use_backend", "vocabulary_log_prob"]
+__all__ = ["BACKENDS", "OPS", "Choice", "FrozenLinear", "Quantised", "add_norm", "add_norm_sum", "backend_for", "can_pack",
+           "cos_sin_table", "dequantise", "disentangled_attention", "embedding", "frozen_linear", "key_ranges", "linear_geglu",
+           "linear_gelu", "prefix_attention", "prefix_attention_qkv", "quantise", "rotary", "use_backend", "vocabulary_log_prob"]

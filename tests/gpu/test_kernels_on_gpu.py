@@ -11,6 +11,7 @@ from kernel_checks import (
     attention_inputs,
     check_add_norm,
     check_attention,
+    check_dequantise,
     check_embedding,
     check_gelu,
     mixed_prompts,
@@ -101,6 +102,13 @@ def test_rotary_and_geglu(dtype):
         results.append((turned, grads[0], h, grads[1]))
     for name, actual, exact, stock in zip(("rotary", "dqkv", "geglu", "dz"), *results, strict=True):
         assert_error_within(name, actual, exact, stock, 2.0, 4.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+@pytest.mark.parametrize("rows, columns", [(1024, 4096), (3072, 768), (77, 320), (64, 5001)])
+def test_dequantise(rows, columns, kind, dtype):
+    check_dequantise(rows, columns, kind, dtype)
 
 
 def test_many_sequences():

@@ -18,7 +18,16 @@ from typing import Any
 
 import torch
 import triton
-from ptv2_engine.kernels import add_norm, disentangled_attention, embedding, geglu, linear_gelu, prefix_attention, rotary
+from ptv2_engine.kernels import (
+    add_norm,
+    dequantise,
+    disentangled_attention,
+    embedding,
+    geglu,
+    linear_gelu,
+    prefix_attention,
+    rotary,
+)
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
@@ -81,6 +90,13 @@ def modernbert(dtype: torch.dtype) -> None:
     geglu.geglu_bwd(geglu.geglu_fwd(z), z)
 
 
+def dequantised(kind: str, rows: int, columns: int, dtype: torch.dtype) -> None:
+    """A frozen weight [rows, columns] of 8 or 4 bits."""
+    stored = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "nf4": torch.uint8}[kind]
+    codes, scales = (rows * columns // 2, rows * columns // 64) if kind == "nf4" else ((rows, columns), rows)
+    dequantise.dequantise(torch.zeros(codes, dtype=stored), torch.zeros(scales), kind, rows, columns, dtype)
+
+
 # What the engine launches by default. fp16 compiles to the same code as bf16 but for the mma's type: one case of it.
 # Every case on H100; the ones with the fullest registers elsewhere too.
 CASES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
@@ -108,6 +124,11 @@ CASES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "DeBERTa S128 P20 D128 bf16 dropout": (lambda: disentangled(128, 20, 128, bf16, 0.1), (90,)),
     "DeBERTa S128 P20 D64 fp32": (lambda: disentangled(128, 20, 64, fp32), (90,)),
     "rotary and geglu bf16": (lambda: modernbert(bf16), (90,)),
+    "int8 1024x4096 to bf16": (lambda: dequantised("int8", 1024, 4096, bf16), (80, 90, 100)),
+    "fp8 4096x1024 to bf16": (lambda: dequantised("fp8", 4096, 1024, bf16), (80, 90, 100)),
+    "fp8 3072x768 to fp32": (lambda: dequantised("fp8", 3072, 768, fp32), (80, 90)),
+    "nf4 4096x1024 to bf16": (lambda: dequantised("nf4", 4096, 1024, bf16), (80, 90, 100)),
+    "nf4 3072x768 to fp32": (lambda: dequantised("nf4", 3072, 768, fp32), (80, 90)),
     "gelu bf16": (lambda: gelu(bf16, "none"), (90,)),
     "gelu tanh fp32": (lambda: gelu(fp32, "tanh"), (90,)),
 }

@@ -48,6 +48,17 @@ def assert_same(name: str, one: Tensor, other: Tensor) -> None:
         assert_error_within(name, one, other, None, 4.0)
 
 
+def check_dequantise(rows: int, columns: int, kind: str, dtype: torch.dtype = torch.float32, package: str = KERNELS) -> None:
+    """The bits of the reference, every code among them where there is room; fp8's NaN code too."""
+    quantised = op("quantised")
+    q = quantised.quantise(randn(rows, columns, seed=0), kind)
+    codes = torch.arange(q.codes.numel(), device=DEVICE).to(torch.uint8).view(q.codes.shape)
+    q = q._replace(codes=codes if kind == "nf4" else codes.view(q.codes.dtype))
+    with poisoned_memory():
+        actual = kernel("dequantise", package).dequantise(q.codes, q.scales, kind, rows, columns, dtype)
+    torch.testing.assert_close(actual, quantised.reference(q, dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def check_add_norm(T: int, H: int, dtype: torch.dtype = torch.float32, p: float = 0.0, package: str = KERNELS,
                    with_sum: bool = False) -> None:
     """Forward, what is saved, both gradients; save=False saves nothing. with_sum: the sum, and its gradient added in."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import KERNELS, Attention, check_add_norm, check_attention, check_embedding, check_gelu
+from kernel_checks import KERNELS, Attention, check_add_norm, check_attention, check_dequantise, check_embedding, check_gelu
 from test_disentangled_attention_kernel import Case as Disentangled
 from test_disentangled_attention_kernel import check as check_disentangled
 
@@ -68,6 +68,15 @@ MUTATIONS = {
     "gelu: derivative without z * phi": (
         "linear_gelu", "derivative = cdf + 0.5 * z * slope", "derivative = cdf",
         lambda package: check_gelu(3, 50, fp16, "tanh", package)),
+    "dequantise: nibbles swapped": (
+        "dequantise", "tl.load(levels_16 + (byte >> 4)), tl.load(levels_16 + (byte & 15))",
+        "tl.load(levels_16 + (byte & 15)), tl.load(levels_16 + (byte >> 4))",
+        lambda package: check_dequantise(2, 96, "nf4", package=package)),
+    "dequantise: fp8 subnormals read as normal": (
+        "dequantise", "tl.where(low < 8,", "tl.where(low < 0,", lambda package: check_dequantise(3, 100, "fp8", package=package)),
+    "dequantise: last column dropped": (
+        "dequantise", "(columns < I)[None, :]", "(columns < I - 1)[None, :]",
+        lambda package: check_dequantise(3, 100, "int8", package=package)),
     "forward: key mask shifted by one": (
         "attention_tile", "scores = tl.where((tl.arange(0, BLOCK_N) < num_keys)[None, :]",
         "scores = tl.where((tl.arange(0, BLOCK_N) < num_keys - 1)[None, :]", attention(plain)),

@@ -87,6 +87,19 @@ struct RotaryParams {
   bool inverse;  // by the negative angle
 };
 
+enum class Quantisation : int { int8 = 0, fp8 = 1, nf4 = 2 };
+
+// A frozen weight [rows, columns] from its codes. int8, fp8 (e4m3fn): a byte a weight, a scale a row. nf4: two weights a byte,
+// the first in the high nibble, a scale for every 64 of the flattened weight.
+struct DequantiseParams {
+  DType dtype;
+  Quantisation kind;
+  const void* codes;
+  const float* scales;
+  void* out;
+  int64_t rows, columns;
+};
+
 // A run of sequences of one prompt, at positions [first, last) of PrefixAttentionParams::order_B: the unit that partial sums
 // of the prefix's gradient belong to. The split depends on the batch alone, never on the number of threads.
 struct Chunk {
