@@ -1,7 +1,7 @@
 """Quantised frozen weights [O, I] back to the compute dtype: every code read once, every weight written once.
 
 fp8 is decoded from its bits: exact, and the same code on sm_80, which has no fp8 instructions, and in Triton's interpreter, whose
-fp8 casts are wrong. A program writes TILE weights, 16 bytes of int8 or fp8 codes or 8 of nf4's a thread and load.
+fp8 casts are wrong. A program writes TILE weights; a thread loads 16 bytes of codes at a time.
 """
 
 from __future__ import annotations
