@@ -6,14 +6,13 @@ fp8 casts are wrong. A program writes TILE weights; a thread loads 16 bytes of c
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from ptv2_engine.kernels import nf4
 from ptv2_engine.kernels.tuning import power_of_two
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 TILE = 4096
 WIDEST = 2048
@@ -57,10 +56,18 @@ def dequantise_nf4_kernel(codes, scales_B, levels_16, out, B, BLOCKS: tl.constex
     tl.store(out + offsets, (values * scales[:, None]).to(out.dtype.element_ty), mask=present)
 
 
-@functools.cache
+_levels: dict[torch.device, Tensor] = {}
+
+
 def levels_on(device: torch.device) -> Tensor:
-    """NF4's levels in the device's memory, made once: a copy from the host in every call would wait and could not be captured."""
-    return torch.tensor(nf4.LEVELS, dtype=torch.float32, device=device)
+    """NF4's levels in the device's memory, made once: a copy from the host in every call would wait and could not be captured.
+    A fake table is not kept: it would outlive the plan it was made for."""
+    table = _levels.get(device)
+    if table is None:
+        table = torch.tensor(nf4.LEVELS, dtype=torch.float32, device=device)
+        if not isinstance(table, FakeTensor):
+            _levels[device] = table
+    return table
 
 
 def dequantise(codes: Tensor, scales: Tensor, kind: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:

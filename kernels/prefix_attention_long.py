@@ -1,7 +1,7 @@
 """Backward of rows whose keys do not fit one block: a dQ kernel over query tiles and a dK, dV kernel over key tiles.
 
 The dQ kernel also makes delta = rowsum(dO * O), which the other kernels read back (fp32 [N, T], 4N bytes a token). Where the
-output was saved (rows of more than 1024 keys) that is one product; where it was not, a first pass over the keys sums
+output was saved (rows of more than 2048 keys) that is one product; where it was not, a first pass over the keys sums
 P * dP: two more tile products, against keeping 2H bytes a token from forward to backward.
 Nothing is accumulated in HBM: each output tile is written once, by one program.
 """

@@ -168,9 +168,10 @@ def read_config(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise CheckpointError(f"{folder / CONFIG} is not valid JSON ({error}); save the adapter again.") from error
 
 
-def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn.Module | None, dtype: torch.dtype | None,
-         device: str | torch.device) -> PromptedModel:
-    """The model an adapter folder describes. Raises AdapterError, AdapterMismatch, CheckpointError, WeightError."""
+def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn.Module | None,
+         placement: dict[str, Any]) -> PromptedModel:
+    """The model an adapter folder describes; placement: load_encoder's dtype, device and so on. Raises AdapterError,
+    AdapterMismatch, CheckpointError, WeightError."""
     folder = Path(folder)
     tensors, metadata = read_tensors(folder / TENSORS)
     config = read_config(folder, metadata)
@@ -189,8 +190,7 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
     if settings["task"] != "sequence-classification":
         settings["pooler"] = "auto"
     settings |= own.get("cloze", {})
-    encoder, origin = _load_backbone(folder, name, dtype, device) if backbone is None else load_encoder(
-        backbone, dtype=dtype, device=device)
+    encoder, origin = _load_backbone(folder, name, placement) if backbone is None else load_encoder(backbone, **placement)
     for part, theirs, ours in (("weights", hashes[0], origin.weights_hash), ("pooler", hashes[1], origin.pooler_hash)):
         if theirs and theirs != ours:
             raise AdapterMismatch(f"{folder} was trained on {name} ({part} {theirs[:12]}), but {origin.location} has other "
@@ -201,10 +201,10 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
     return model.eval()
 
 
-def _load_backbone(folder: Path, name: str, dtype: torch.dtype | None, device: str | torch.device) -> tuple[Encoder, Origin]:
+def _load_backbone(folder: Path, name: str, placement: dict[str, Any]) -> tuple[Encoder, Origin]:
     """The backbone an adapter names, or AdapterError saying how to pass another."""
     try:
-        return load_encoder(name, dtype=dtype, device=device)
+        return load_encoder(name, **placement)
     except (ConfigError, WeightError) as error:
         raise AdapterError(f"{folder} was trained on {name}, which cannot be loaded from there; pass backbone= with the folder, "
                            f"hub id or model that holds it ({error})") from error

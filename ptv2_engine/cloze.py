@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_engine.errors import ConfigError, InputError
-from ptv2_engine.ops.lm_head import vocabulary_log_prob
+from ptv2_engine.ops import readable, vocabulary_log_prob
 from ptv2_engine.packing import IGNORE, PackedBatch, rows_of
 
 ABSENT = -10000.0      # the published score of candidates that an example does not have
@@ -44,7 +44,7 @@ class ClozeHead(nn.Module):
         """int64 [B]: the row of each sequence's first token of part B. Raises InputError without one (on the host)."""
         if batch.causal_from is None:
             raise InputError("a cloze batch needs causal_from and position_ids; make the features with cloze_features.")
-        if batch.causal_from.device.type == "cpu" and bool((batch.causal_from >= batch.lengths()).any()):
+        if readable(batch.causal_from) and bool((batch.causal_from >= batch.lengths()).any()):
             b = int((batch.causal_from >= batch.lengths()).nonzero()[0])
             raise InputError(f"sequence {b} has {int(batch.lengths()[b])} tokens and causal_from {int(batch.causal_from[b])}, so "
                              "no <sop> stands behind its context; make the features with cloze_features.")

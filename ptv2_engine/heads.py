@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptv2_engine.errors import ConfigError, LabelError
+from ptv2_engine.ops import readable
 from ptv2_engine.packing import IGNORE
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -97,7 +98,7 @@ def classification_loss(logits_RC: Tensor, labels: Tensor, problem_type: str | N
         if labels.is_floating_point():
             raise LabelError(f"labels are {labels.dtype}, but {C} classes need integers; use problem_type='regression' with "
                              "num_labels=1, or integer labels.")
-        if labels.device.type == "cpu":
+        if readable(labels):
             check_labels(labels, C)
         loss = F.cross_entropy(logits_RC, labels.view(-1).long(), ignore_index=IGNORE, reduction=reduction)
     elif kind == "regression":

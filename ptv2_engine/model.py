@@ -16,6 +16,7 @@ from ptv2_engine.cloze import ClozeHead
 from ptv2_engine.encoder import Encoder, Origin, load_encoder
 from ptv2_engine.errors import ConfigError, InputError
 from ptv2_engine.heads import SequenceClassificationHead, TokenClassificationHead, classification_loss
+from ptv2_engine.ops import readable
 from ptv2_engine.packing import PackedBatch, from_packed, pack, unpack, with_parts
 from ptv2_engine.prompt import PromptBank, PromptConfig
 
@@ -55,7 +56,9 @@ class PromptedModel(nn.Module):
         self.config = _transformers_config(origin.config, self.id2label, problem_type)
         if self.prompt is not None:
             self._initialise(prompt)
-        self.to(encoder.device)
+        for part in (self.prompt, self.head):       # not the encoder: it is in its place, or streams from the host
+            if part is not None and any(t.device != encoder.device for t in (*part.parameters(), *part.buffers())):
+                part.to(encoder.device)
 
     def _make_head(self, head_dropout: float | None, verbalizer_ids: list[int] | None,
                    length_penalty: float) -> SequenceClassificationHead | TokenClassificationHead | ClozeHead:
@@ -92,7 +95,8 @@ class PromptedModel(nn.Module):
     def from_pretrained(cls, source: str | Path | nn.Module, *, task: str = "sequence-classification",
                         num_labels: int | None = None, prompt: PromptConfig | None = None,
                         id2label: dict[int, str] | None = None, dtype: torch.dtype | None = None,
-                        device: str | torch.device = "cpu", **options: Any) -> PromptedModel:
+                        device: str | torch.device = "cpu", memory: str = "exact", frozen_dtype: str | None = None,
+                        stream_weights: str | None = None, **options: Any) -> PromptedModel:
         """A frozen backbone with a fresh prompt and head.
 
         Arguments:
@@ -101,6 +105,8 @@ class PromptedModel(nn.Module):
             num_labels, id2label, or label2id (an option): the classes; default those of the checkpoint's config, as in
                 transformers.
             prompt: PromptConfig; default 20 rows in every layer. dtype: of the backbone, default the checkpoint's.
+            memory: what layers keep for backward, "exact", "lean" or "minimal" (encoder/layer.py). frozen_dtype: "int8", "fp8" or
+                "nf4" for the layers' matrices. stream_weights: "host" or "file", where those matrices stay (load_encoder).
             options: label2id, pooler ("auto", "frozen", "trained"), problem_type, shift_positions, head_dropout; for cloze
                 verbalizer_ids (a token for each class) and length_penalty.
         Returns:
@@ -108,7 +114,9 @@ class PromptedModel(nn.Module):
         Raises:
             ConfigError, WeightError, CheckpointError.
         """
-        encoder, origin = load_encoder(source, dtype=dtype, device=device)
+        encoder, origin = load_encoder(source, dtype=dtype, device=device, frozen_dtype=frozen_dtype,
+                                       stream_weights=stream_weights)
+        encoder.set_memory(memory)
         model = cls(encoder, origin, prompt or PromptConfig(), task=task, num_labels=num_labels, id2label=id2label, **options)
         return model.eval()
 
@@ -131,7 +139,12 @@ class PromptedModel(nn.Module):
         return config.max_length(prompt_length, self.shift_positions and config.shifts_positions or shallow)
 
     def set_backbone_dtype(self, dtype: torch.dtype) -> None:
-        """Cast the frozen weights once (bf16 training); prompt and head stay fp32."""
+        """Cast the frozen weights once (bf16 training); prompt and head stay fp32. Codes stay as they are. Raises ConfigError for
+        streamed weights of another dtype."""
+        stream = self.encoder.stream
+        if stream is not None and stream.plain_dtype not in (None, dtype):
+            raise ConfigError(f"streamed weights lie in host memory or in their file as {_name(stream.plain_dtype)} and cannot "
+                              f"be cast now; load the model with dtype={dtype} (--dtype {_name(dtype)}).")
         self.encoder.to(dtype)
 
     def set_hidden_dropout(self, p: float) -> None:
@@ -140,11 +153,17 @@ class PromptedModel(nn.Module):
         if not isinstance(self.head, ClozeHead):
             self.head.dropout.p = p
 
+    def set_memory(self, policy: str) -> None:
+        """What layers keep for backward: "exact", "lean" or "minimal" (encoder/layer.py). Raises ConfigError."""
+        self.encoder.set_memory(policy)
+
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        """Raises ConfigError: layers are not recomputed; what they save for backward is small already."""
-        raise ConfigError("gradient_checkpointing=True is not there yet; leave it off (a frozen layer saves 14 to 16 bytes "
-                          "for each token and hidden unit in bf16 as it is), "
-                          "or use a smaller batch with gradient_accumulation_steps.")
+        """transformers' name for memory policy "minimal": layers are computed again in backward. The prefix keeps its
+        gradient."""
+        self.set_memory("minimal")
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.set_memory("exact")
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -152,7 +171,7 @@ class PromptedModel(nn.Module):
     def print_trainable_parameters(self) -> str:
         """One line: trained parameters, backbone parameters, their ratio. Returns it too."""
         trained = sum(p.numel() for p in self.trained_parameters().values())
-        backbone = sum(p.numel() for p in self.encoder.parameters())
+        backbone = self.encoder.num_parameters()
         line = f"trained parameters: {trained:,} ({100 * trained / backbone:.3f} % of the backbone's {backbone:,})"
         print(line)
         return line
@@ -170,7 +189,7 @@ class PromptedModel(nn.Module):
                       output_rows_R: Tensor | None = None) -> Tensor:
         """x_TH [T, H] of the prompted encoder, [B, H] of the first tokens, or [R, H] of some."""
         rows: dict[str, Any] = {"seed": seed, "first_tokens_only": first_tokens_only, "output_rows_R": output_rows_R}
-        if batch.prompt_ids is not None and batch.prompt_ids.device.type == "cpu" and batch.prompt_ids.numel():
+        if batch.prompt_ids is not None and readable(batch.prompt_ids) and batch.prompt_ids.numel():
             low, high = int(batch.prompt_ids.min()), int(batch.prompt_ids.max())
             if low < 0 or high >= self.prompt_config.num_prompts:
                 raise InputError(f"prompt id {low if low < 0 else high} is outside the bank of {self.prompt_config.num_prompts} "
@@ -259,11 +278,12 @@ class PromptedModel(nn.Module):
 
     @classmethod
     def from_adapter(cls, folder: str | Path, *, backbone: str | Path | nn.Module | None = None,
-                     dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> PromptedModel:
-        """Load an adapter and the backbone it names, or `backbone`. Raises AdapterError, AdapterMismatch, CheckpointError."""
+                     **placement: Any) -> PromptedModel:
+        """Load an adapter and the backbone it names, or `backbone`. placement: dtype, device, frozen_dtype, stream_weights.
+        Raises AdapterError, AdapterMismatch, CheckpointError, ConfigError."""
         from ptv2_engine.adapter import load
 
-        return load(cls, folder, backbone, dtype, device)
+        return load(cls, folder, backbone, placement)
 
     @classmethod
     def from_peft(cls, folder: str | Path, base: str | Path | nn.Module | None = None, **options: Any) -> PromptedModel:
@@ -278,6 +298,10 @@ class PromptedModel(nn.Module):
         from ptv2_engine.adapter_import import from_thudm
 
         return from_thudm(cls, file, base, **options)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_cloze(encoder: Encoder, prompt: PromptConfig, verbalizer_ids: list[int] | None, num_labels: int | None,

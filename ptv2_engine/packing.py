@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ptv2_engine.errors import DataError, InputError
+from ptv2_engine.ops import readable
 
 IGNORE = -100      # transformers' label of positions that take no part in the loss
 
@@ -140,7 +141,7 @@ def from_packed(input_ids_T: Tensor, seq_lengths: Tensor, token_type_ids_T: Tens
     if token_type_ids_T is not None:
         _check_ids("token_type_ids", token_type_ids_T, 1, "[tokens]")
     T, B, device = input_ids_T.shape[0], seq_lengths.shape[0], input_ids_T.device
-    if seq_lengths.device.type == "cpu":
+    if readable(seq_lengths):
         _check_lengths(seq_lengths, T, max_seqlen)
     if max_seqlen is None:
         max_seqlen = int(seq_lengths.max()) if B else 0

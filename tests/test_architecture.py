@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # from the top down; a module may import its own level only where ALLOWED says so
-LEVELS = [("cli", "demo"), ("cli_predict",), ("cli_train",), ("cli_args", "progress", "info"), ("trainer",),
+LEVELS = [("cli", "demo"), ("cli_predict", "cli_memory"), ("cli_train",), ("cli_args", "progress", "info"), ("trainer",),
+          ("memory_report",), ("memory_peers",), ("memory",), ("memory_tracker",),
           ("model", "adapter_import", "tasks"), ("adapter",), ("prompt", "heads", "cloze", "optim"), ("encoder",), ("packing",),
           ("ops", "testing"), ("_native", "kernels"), ("build_info", "errors")]
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}

@@ -37,8 +37,8 @@ def test_add_norm(size: int, dropout: float, with_sum: bool, dtype: torch.dtype)
     x, residual, dy, dsum = torch.randn(4, 37, size).to(dtype)
     weight, bias = torch.rand(size).add(0.5).to(dtype), torch.randn(size).to(dtype)
     seed = torch.tensor([SEED])
-    y, xhat, rstd, total = torch.ops.ptv2.add_norm_fwd(x, residual, weight, bias, 1e-5, dropout, seed, 3, True, with_sum)
-    dresidual, dx = torch.ops.ptv2.add_norm_bwd(dy, dsum if with_sum else None, xhat, rstd, weight, dropout, seed, 3)
+    y, xhat, rstd, _, total = torch.ops.ptv2.add_norm_fwd(x, residual, weight, bias, 1e-5, dropout, seed, 3, "full", with_sum)
+    dresidual, dx = torch.ops.ptv2.add_norm_bwd(dy, dsum if with_sum else None, xhat, None, rstd, weight, dropout, seed, 3)
 
     def run(kind: torch.dtype) -> list[Tensor]:
         leaves = [t.to(kind).requires_grad_() for t in (x, residual)]
@@ -56,7 +56,7 @@ def test_add_norm(size: int, dropout: float, with_sum: bool, dtype: torch.dtype)
     else:
         assert dx.shape == (0,)
     assert total.shape == (x.shape if with_sum else (0,))
-    bare, *empty, unsaved = torch.ops.ptv2.add_norm_fwd(x, residual, weight, bias, 1e-5, dropout, seed, 3, False, with_sum)
+    bare, *empty, unsaved = torch.ops.ptv2.add_norm_fwd(x, residual, weight, bias, 1e-5, dropout, seed, 3, "none", with_sum)
     assert torch.equal(bare, y) and torch.equal(unsaved, total) and all(t.shape == (0,) for t in empty)
 
 
@@ -67,9 +67,9 @@ def test_gelu(count: int, approximate: str, dtype: torch.dtype) -> None:
     z = torch.linspace(12, -12, count).to(dtype)[None]
     dh = torch.randn(z.shape).to(dtype)
     h, unsaved = z.clone(), z.clone()
-    derivative = torch.ops.ptv2.gelu_(h, approximate, True)
-    assert torch.ops.ptv2.gelu_(unsaved, approximate, False).shape == (0,) and torch.equal(h, unsaved)
-    dz = torch.ops.ptv2.gelu_bwd(dh, derivative)
+    derivative = torch.ops.ptv2.gelu_(h, approximate, True, 8)
+    assert torch.ops.ptv2.gelu_(unsaved, approximate, False, 8).shape == (0,) and torch.equal(h, unsaved)
+    dz = torch.ops.ptv2.gelu_bwd(dh, derivative, 8)
 
     def run(kind: torch.dtype) -> tuple[Tensor, Tensor]:
         leaf = z.to(kind).requires_grad_()
@@ -154,7 +154,7 @@ def test_words_of_errors() -> None:
     with pytest.raises(IndexError, match="token 1 has word id 30 of 30, position 0 of 0"):
         torch.ops.ptv2.embedding(ids, ids, None, word, None, None, weight, weight, 1e-5, 0.0, None, 0)
     with pytest.raises(RuntimeError, match="approximate 'sigmoid' must be 'none' or 'tanh'"):
-        torch.ops.ptv2.gelu_(torch.zeros(1, 4), "sigmoid", True)
+        torch.ops.ptv2.gelu_(torch.zeros(1, 4), "sigmoid", True, 8)
     with pytest.raises(RuntimeError, match=r"z \[2, 7\] must be \[T, 2F\]"):
         torch.ops.ptv2.geglu_fwd(torch.zeros(2, 7))
     with pytest.raises(IndexError, match="token 1 has position 30 of 20"):

@@ -10,6 +10,7 @@ namespace ptv2 {
 int64_t embedding(const EmbeddingParams& p);  // -1, or the first token whose id lies outside its table
 void add_norm_fwd(const AddNormParams& p);
 void add_norm_bwd(const AddNormBwdParams& p);
+void renorm(const RenormParams& p);
 void gelu_fwd(const GeluParams& p);
 void gelu_bwd(const GeluBwdParams& p);
 void geglu_fwd(const GegluParams& p);

@@ -62,7 +62,60 @@ template <class T, class D, bool TANH, bool SAVE> void fwd(const GeluParams& p) 
   });
 }
 
+// Rows of 4 * quarter columns whose 6-bit codes are packed four in three bytes.
+template <class T, bool TANH> void fwd_packed(const GeluParams& p) {
+  constexpr float OFFSET = 0.5f - gelu_code::LOW6 * gelu_code::INV_STEP6;
+  const int64_t quarter = p.quarter, rows = p.count / std::max<int64_t>(4 * quarter, 1);
+  parallel_ranges(rows, 1 + BLOCK / (4 * quarter + 1), [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      T* z = static_cast<T*>(p.z) + t * 4 * quarter;
+      uint8_t* packed = static_cast<uint8_t*>(p.derivative) + t * 3 * quarter;
+      for_vectors(quarter, [&](int64_t i, auto n) {
+        u32v code[4];
+        for (int k = 0; k < 4; ++k) {
+          const f32v x = load_at(z + k * quarter, i, n);
+          const Gelu g = TANH ? gelu_tanh<true>(x) : gelu_erf<true>(x);
+          store_at(z + k * quarter, i, g.value, n);
+          code[k] = bits_as<u32v>(__builtin_convertvector(g.derivative * gelu_code::INV_STEP6 + OFFSET, i32v));
+        }
+        for (int k = 0; k < 3; ++k) {
+          const u8v byte = narrow8(code[k] | (code[3] >> 2 * k & 3u) << 6);
+          std::memcpy(packed + k * quarter + i, &byte, n);
+        }
+      });
+    }
+  });
+}
+
+template <class T> void bwd_packed(const GeluBwdParams& p) {
+  const int64_t quarter = p.quarter, rows = p.count / std::max<int64_t>(4 * quarter, 1);
+  parallel_ranges(rows, 1 + BLOCK / (4 * quarter + 1), [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      const T* dh = static_cast<const T*>(p.dh) + t * 4 * quarter;
+      const uint8_t* packed = static_cast<const uint8_t*>(p.derivative) + t * 3 * quarter;
+      T* dz = static_cast<T*>(p.dz) + t * 4 * quarter;
+      for_vectors(quarter, [&](int64_t i, auto n) {
+        u32v code[4] = {};
+        for (int k = 0; k < 3; ++k) {
+          u8v byte{};
+          std::memcpy(&byte, packed + k * quarter + i, n);
+          code[k] = widen8(byte) & 63u;
+          code[3] |= widen8(byte) >> 6 << 2 * k;
+        }
+        for (int k = 0; k < 4; ++k) {
+          const f32v g = __builtin_convertvector(bits_as<i32v>(code[k]), f32v) * gelu_code::STEP6 + gelu_code::LOW6;
+          store_at(dz + k * quarter, i, load_at(dh + k * quarter, i, n) * g, n);
+        }
+      });
+    }
+  });
+}
+
 template <class T, class D> void fwd(const GeluParams& p) {
+  if (p.quarter > 0 && p.derivative) {
+    p.tanh ? fwd_packed<T, true>(p) : fwd_packed<T, false>(p);
+    return;
+  }
   if (p.tanh)
     p.derivative ? fwd<T, D, true, true>(p) : fwd<T, D, true, false>(p);
   else
@@ -70,6 +123,10 @@ template <class T, class D> void fwd(const GeluParams& p) {
 }
 
 template <class T, class D> void bwd(const GeluBwdParams& p) {
+  if (p.quarter > 0) {
+    bwd_packed<T>(p);
+    return;
+  }
   parallel_ranges((p.count + BLOCK - 1) / BLOCK, 2, [&](int64_t first, int64_t last) {
     const T* dh = static_cast<const T*>(p.dh) + first * BLOCK;
     const D* derivative = static_cast<const D*>(p.derivative) + first * BLOCK;

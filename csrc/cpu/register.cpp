@@ -46,67 +46,111 @@ Tensor embedding_op(const Tensor& word_ids_T, const Tensor& position_ids_T, cons
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_norm_fwd_op(const Tensor& x_TH, const Tensor& residual_TH,
-                                                           const Tensor& weight_H, const Tensor& bias_H, double eps,
-                                                           double dropout_p, const OptTensor& seed, int64_t site, bool save,
-                                                           bool with_sum) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_norm_fwd_op(const Tensor& x_TH, const Tensor& residual_TH,
+                                                                   const Tensor& weight_H, const Tensor& bias_H, double eps,
+                                                                   double dropout_p, const OptTensor& seed, int64_t site,
+                                                                   std::string_view keep, bool with_sum) {
   const char* op = "add_norm";
   TORCH_CHECK(x_TH.dim() == 2, op, ": x ", x_TH.sizes(), " must be [T, H].");
+  TORCH_CHECK(keep == "none" || keep == "full" || keep == "int8", op, ": keep '", keep, "' must be 'none', 'full' or 'int8'.");
   check_like(op, "x", x_TH, x_TH);
   check_like(op, "residual", residual_TH, x_TH);
   const Tensor weight = vector_f32(op, "weight", weight_H, x_TH.size(1)), bias = vector_f32(op, "bias", bias_H, x_TH.size(1));
   const int64_t T = x_TH.size(0), H = x_TH.size(1);
-  const auto rows = [&](bool wanted) { return wanted ? at::empty({T, H}, x_TH.options()) : at::empty({0}, x_TH.options()); };
-  Tensor y = rows(true), xhat = rows(save), total = rows(with_sum);
-  Tensor rstd = at::empty({save ? T : 0}, x_TH.options().dtype(at::kFloat));
+  const bool save = keep != "none", codes = keep == "int8";
+  const auto rows = [&](bool wanted, const at::TensorOptions& options) {
+    return wanted ? at::empty({T, H}, options) : at::empty({0}, options);
+  };
+  const auto f32 = x_TH.options().dtype(at::kFloat);
+  Tensor y = rows(true, x_TH.options()), xhat = rows(save, codes ? x_TH.options().dtype(at::kChar) : x_TH.options());
+  Tensor total = rows(with_sum, x_TH.options()), rstd = at::empty({save ? T : 0}, f32);
+  Tensor scales = codes ? at::empty({T, (H + XHAT_BLOCK - 1) / XHAT_BLOCK}, f32) : at::empty({0}, f32);
   add_norm_fwd({dtype_of(op, x_TH), x_TH.const_data_ptr(), residual_TH.const_data_ptr(), weight.const_data_ptr<float>(),
                 bias.const_data_ptr<float>(), y.mutable_data_ptr(), save ? xhat.mutable_data_ptr() : nullptr,
-                save ? rstd.mutable_data_ptr<float>() : nullptr, with_sum ? total.mutable_data_ptr() : nullptr, T, H,
-                static_cast<float>(eps), dropout_of(op, dropout_p, seed, site)});
-  return {y, xhat, rstd, total};
+                save ? rstd.mutable_data_ptr<float>() : nullptr, codes ? scales.mutable_data_ptr<float>() : nullptr,
+                with_sum ? total.mutable_data_ptr() : nullptr, T, H, static_cast<float>(eps),
+                dropout_of(op, dropout_p, seed, site)});
+  return {y, xhat, rstd, scales, total};
+}
+
+// What add_norm saved, checked: x_hat like `like`, or int8 with scales.
+void check_xhat(const char* op, const Tensor& xhat_TH, const OptTensor& scales, at::ScalarType dtype, int64_t T, int64_t H) {
+  TORCH_CHECK(xhat_TH.dim() == 2 && xhat_TH.size(0) == T && xhat_TH.size(1) == H && xhat_TH.is_contiguous() &&
+                  xhat_TH.scalar_type() == (scales ? at::kChar : dtype),
+              op, ": xhat ", xhat_TH.sizes(), " ", xhat_TH.scalar_type(), " does not belong to [", T, ", ", H, "] ", dtype, ".");
+  TORCH_CHECK(!scales || (scales->scalar_type() == at::kFloat && scales->is_contiguous() &&
+                          scales->numel() == T * ((H + XHAT_BLOCK - 1) / XHAT_BLOCK)),
+              op, ": scales must be contiguous float32 [T, ceil(H / ", XHAT_BLOCK, ")].");
 }
 
 std::tuple<Tensor, Tensor> add_norm_bwd_op(const Tensor& dy_TH, const OptTensor& dsum_TH, const Tensor& xhat_TH,
-                                           const Tensor& rstd_T, const Tensor& weight_H, double dropout_p,
-                                           const OptTensor& seed, int64_t site) {
+                                           const OptTensor& scales, const Tensor& rstd_T, const Tensor& weight_H,
+                                           double dropout_p, const OptTensor& seed, int64_t site) {
   const char* op = "add_norm backward";
   TORCH_CHECK(dy_TH.dim() == 2, op, ": dy ", dy_TH.sizes(), " must be [T, H].");
   check_like(op, "dy", dy_TH, dy_TH);
-  check_like(op, "xhat", xhat_TH, dy_TH);
-  if (dsum_TH) check_like(op, "dsum", *dsum_TH, dy_TH);
   const int64_t T = dy_TH.size(0), H = dy_TH.size(1);
+  check_xhat(op, xhat_TH, scales, dy_TH.scalar_type(), T, H);
+  if (dsum_TH) check_like(op, "dsum", *dsum_TH, dy_TH);
   const Tensor weight = vector_f32(op, "weight", weight_H, H), rstd = vector_f32(op, "rstd", rstd_T, T);
   const Dropout drop = dropout_of(op, dropout_p, seed, site);
   Tensor dresidual = at::empty({T, H}, dy_TH.options());
   Tensor dx = drop.on ? at::empty({T, H}, dy_TH.options()) : at::empty({0}, dy_TH.options());
   add_norm_bwd({dtype_of(op, dy_TH), dy_TH.const_data_ptr(), dsum_TH ? dsum_TH->const_data_ptr() : nullptr,
-                xhat_TH.const_data_ptr(), rstd.const_data_ptr<float>(), weight.const_data_ptr<float>(),
-                dresidual.mutable_data_ptr(), drop.on ? dx.mutable_data_ptr() : nullptr, T, H, drop});
+                xhat_TH.const_data_ptr(), rstd.const_data_ptr<float>(), scales ? scales->const_data_ptr<float>() : nullptr,
+                weight.const_data_ptr<float>(), dresidual.mutable_data_ptr(), drop.on ? dx.mutable_data_ptr() : nullptr, T, H,
+                drop});
   return {dresidual, dx};
 }
 
-Tensor gelu_op(const Tensor& z_TF, std::string_view approximate, bool save) {
+Tensor renorm_op(const Tensor& xhat_TH, const OptTensor& scales, const Tensor& weight_H, const Tensor& bias_H,
+                 at::ScalarType dtype) {
+  const char* op = "renorm";
+  TORCH_CHECK(xhat_TH.dim() == 2, op, ": xhat ", xhat_TH.sizes(), " must be [T, H].");
+  const int64_t T = xhat_TH.size(0), H = xhat_TH.size(1);
+  check_xhat(op, xhat_TH, scales, dtype, T, H);
+  const Tensor weight = vector_f32(op, "weight", weight_H, H), bias = vector_f32(op, "bias", bias_H, H);
+  Tensor y = at::empty({T, H}, xhat_TH.options().dtype(dtype));
+  renorm({dtype_of(op, y), xhat_TH.const_data_ptr(), scales ? scales->const_data_ptr<float>() : nullptr,
+          weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), y.mutable_data_ptr(), T, H});
+  return y;
+}
+
+// Shape and dtype of what gelu_ saves of z: its derivative, or codes of 8 bits, or four of 6 bits in three bytes.
+std::vector<int64_t> derivative_sizes(const char* op, const Tensor& z, int64_t bits) {
+  TORCH_CHECK(bits == 8 || bits == 6, op, ": bits ", bits, " must be 8 or 6.");
+  if (bits == 8) return z.sizes().vec();
+  TORCH_CHECK(z.dim() == 2 && z.size(1) % 4 == 0, op, ": 6 bits need [T, F] with F a multiple of 4, got ", z.sizes(), ".");
+  return {z.size(0), 3, z.size(1) / 4};
+}
+at::ScalarType derivative_type(const Tensor& z, int64_t bits) {
+  return bits == 8 && z.scalar_type() == at::kFloat ? at::kFloat : at::kByte;
+}
+
+Tensor gelu_op(const Tensor& z_TF, std::string_view approximate, bool save, int64_t bits) {
   const char* op = "gelu_";
   TORCH_CHECK(approximate == "none" || approximate == "tanh", op, ": approximate '", approximate,
               "' must be 'none' or 'tanh'.");
   check_like(op, "z", z_TF, z_TF);
   const DType dtype = dtype_of(op, z_TF);
-  const auto code = z_TF.options().dtype(at::kByte);
-  Tensor derivative = !save ? at::empty({0}, code) : at::empty(z_TF.sizes(), dtype == DType::f32 ? z_TF.options() : code);
-  gelu_fwd({dtype, z_TF.mutable_data_ptr(), save ? derivative.mutable_data_ptr() : nullptr, z_TF.numel(), approximate == "tanh"});
+  Tensor derivative = save ? at::empty(derivative_sizes(op, z_TF, bits), z_TF.options().dtype(derivative_type(z_TF, bits)))
+                           : at::empty({0}, z_TF.options().dtype(at::kByte));
+  gelu_fwd({dtype, z_TF.mutable_data_ptr(), save ? derivative.mutable_data_ptr() : nullptr, z_TF.numel(), approximate == "tanh",
+            bits == 6 ? z_TF.size(1) / 4 : 0});
   return derivative;
 }
 
-Tensor gelu_bwd_op(const Tensor& dh_TF, const Tensor& derivative_TF) {
+Tensor gelu_bwd_op(const Tensor& dh_TF, const Tensor& derivative_TF, int64_t bits) {
   const char* op = "gelu backward";
   const DType dtype = dtype_of(op, dh_TF);
   check_like(op, "dh", dh_TF, dh_TF);
-  TORCH_CHECK(derivative_TF.sizes() == dh_TF.sizes() && derivative_TF.is_contiguous() &&
-                  derivative_TF.scalar_type() == (dtype == DType::f32 ? at::kFloat : at::kByte),
+  TORCH_CHECK(derivative_TF.sizes().equals(derivative_sizes(op, dh_TF, bits)) && derivative_TF.is_contiguous() &&
+                  derivative_TF.scalar_type() == derivative_type(dh_TF, bits),
               op, ": derivative ", derivative_TF.sizes(), " ", derivative_TF.scalar_type(), " does not belong to dh ",
-              dh_TF.sizes(), " ", dh_TF.scalar_type(), ".");
+              dh_TF.sizes(), " ", dh_TF.scalar_type(), " in ", bits, " bits.");
   Tensor dz = at::empty(dh_TF.sizes(), dh_TF.options());
-  gelu_bwd({dtype, dh_TF.const_data_ptr(), derivative_TF.const_data_ptr(), dz.mutable_data_ptr(), dh_TF.numel()});
+  gelu_bwd({dtype, dh_TF.const_data_ptr(), derivative_TF.const_data_ptr(), dz.mutable_data_ptr(), dh_TF.numel(),
+            bits == 6 ? dh_TF.size(1) / 4 : 0});
   return dz;
 }
 
@@ -180,6 +224,7 @@ TORCH_LIBRARY_IMPL(ptv2, CPU, m) {
   m.impl("embedding", embedding_op);
   m.impl("add_norm_fwd", add_norm_fwd_op);
   m.impl("add_norm_bwd", add_norm_bwd_op);
+  m.impl("renorm", renorm_op);
   m.impl("gelu_", gelu_op);
   m.impl("gelu_bwd", gelu_bwd_op);
   m.impl("geglu_fwd", geglu_op);

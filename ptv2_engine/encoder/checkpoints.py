@@ -7,7 +7,9 @@ memory. The file must stay in place (replacing it by rename is safe, truncating 
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -62,6 +64,15 @@ class TensorDictionary:
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Let go of the memory behind a tensor of a memory-mapped file; it is read again when it is looked at. Linux."""
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page                 # whole pages: the first and the last may hold neighbours
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def open_safetensors(file: Path) -> Any:

@@ -54,7 +54,7 @@ class DebertaLayer(EncoderLayer):
         """Fill rel_k and rel_q [R, N, D] from the relative embeddings, in fp32, and drop the projections."""
         def heads(own: FrozenLinear | None, part: int) -> nn.Parameter:
             linear = self.qkv if own is None else own
-            weight: Tensor = linear.weight
+            weight: Tensor = linear.dense(self.attn_norm_weight.dtype)
             bias: Tensor | None = linear.bias
             if own is None:                         # shared with the tokens' queries (part 0) and keys (part 1)
                 weight, bias = weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ptv2_engine.encoder import deberta
 from ptv2_engine.encoder.config import EncoderConfig, RelativeConfig, refuse_switch
-from ptv2_engine.encoder.layer import SITES, Prefix, Step, frozen
+from ptv2_engine.encoder.layer import SITES, Normed, Prefix, Step, frozen
 from ptv2_engine.encoder.sources import Source, concatenated, one
 from ptv2_engine.encoder.stack import of_layer
 from ptv2_engine.ops import _philox, add_norm
@@ -64,13 +64,13 @@ class DebertaV2Encoder(deberta.DebertaEncoder):
         self.conv = Convolution(config) if config.relative.conv_kernel else None
 
     def run_layers(self, x_TH: Tensor, step: Step, prefix: Prefix | None, rows_R: Tensor | None) -> Tensor:
-        embedded_TH, last = x_TH, len(self.layers) - 1
+        x, last = Normed(x_TH), len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             rows = rows_R if i == last else None
-            x_TH = layer(x_TH, step, *of_layer(prefix, i), rows)
+            x = layer(x, step, *of_layer(prefix, i), rows)
             if i == 0 and self.conv is not None:
-                x_TH = self.conv(embedded_TH, x_TH, step, SITES * (last + 1) + 1, rows)
-        return x_TH
+                x = Normed(self.conv(x_TH, x.x_TH, step, SITES * (last + 1) + 1, rows))
+        return x.x_TH
 
 
 ENCODER = DebertaV2Encoder

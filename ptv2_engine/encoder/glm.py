@@ -20,7 +20,7 @@ from ptv2_engine.encoder.layer import Step, frozen
 from ptv2_engine.encoder.prenorm import PreNormEncoder
 from ptv2_engine.encoder.sources import Source, one
 from ptv2_engine.errors import ConfigError, InputError
-from ptv2_engine.ops import key_ranges
+from ptv2_engine.ops import key_ranges, readable
 from ptv2_engine.packing import PackedBatch
 
 MODEL_TYPES = ("glm",)
@@ -56,7 +56,7 @@ class GlmEmbeddings(Embeddings):
 
     def check_rows(self, name: str, rows_T: Tensor | None) -> None:
         """Raises InputError for rows outside the tables. Reads them: for CPU tensors; a GPU's are taken on trust."""
-        if rows_T is None or rows_T.device.type != "cpu" or not rows_T.numel():
+        if rows_T is None or not readable(rows_T) or not rows_T.numel():
             return
         low, high = int(rows_T.min()), int(rows_T.max())
         if low < 0 or high >= self.config.max_positions:

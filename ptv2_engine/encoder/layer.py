@@ -5,7 +5,10 @@
     x = LayerNorm(dropout(o Wo + b) + x)                             frozen_linear, add_norm
     x = LayerNorm(dropout(gelu(x W1 + b) W2 + b) + x)                linear_gelu, frozen_linear, add_norm
 
-Saved for backward in bf16: q, k, v 6H, x_hat twice 4H, the GELU code 4H bytes a token.
+Saved for backward in bf16, in bytes a token (MEMORY):
+    exact    14 H   q, k, v 6H, x_hat twice 4H, the derivative of GELU in 8 bits 4H (F = 4H)
+    lean    5.1 H   x_hat twice in 8 bits 2.1H, the derivative in 6 bits 3H; q, k, v and the attention computed again from x_hat
+    minimal   2 H   the layer's input; the layer computed again
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_engine.encoder.config import EncoderConfig
-from ptv2_engine.ops import FrozenLinear, add_norm, linear_gelu, prefix_attention_qkv
+from ptv2_engine.encoder.recompute import NormSource, recomputed
+from ptv2_engine.ops import FrozenLinear, add_norm_kept, linear_gelu, prefix_attention_qkv
 
 SITES = 4      # Philox call sites a layer: 0 attention, 1 add_norm after attention, 2 add_norm after the FFN
+MEMORY = ("exact", "lean", "minimal")       # what layers keep for backward, from most to least
 Ranges = tuple[Tensor, Tensor]      # context_B, key_range_T2 of prefix_attention
 
 
@@ -50,11 +55,19 @@ class Step(NamedTuple):
     rotary: Mapping[float, Tensor] | None = None        # ModernBERT: theta -> cos and sin
     positions_T: Tensor | None = None                   # ModernBERT: the rotary position of each row
     record: list[Tensor] | None = None                  # collects each layer's qkv [T, 3, N, D]
+    memory: str = "exact"                               # of MEMORY
 
     def attention(self, site: int) -> dict[str, Any]:
         """The arguments that every attention op takes."""
         return {"prompt_ids": self.prompt_ids, "prompt_lengths": self.prompt_lengths, "dropout_p": self.attention_dropout,
                 "prefix_dropout_p": self.prefix_dropout, "seed": self.seed, "site": site}
+
+
+class Normed(NamedTuple):
+    """A layer's normed input x_TH, and what it can be made from again."""
+
+    x_TH: Tensor
+    source: NormSource | None = None
 
 
 def frozen(*shape: int, like: torch.device | str = "meta") -> nn.Parameter:
@@ -95,15 +108,36 @@ class EncoderLayer(nn.Module):
         return prefix_attention_qkv(self.project(x_TH, step), prefix_k_KPND, prefix_v_KPND, step.cu_seqlens, step.max_seqlen,
                                     context_B=context_B, key_range_T2=key_range_T2, **step.attention(SITES * self.index))
 
-    def forward(self, x_TH: Tensor, step: Step, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None,
-                rows_R: Tensor | None = None) -> Tensor:
+    def attention(self, x: Normed, step: Step, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None) -> Tensor:
+        """attend; in backward once more from x where memory is lean."""
+        if step.memory != "lean":
+            return self.attend(x.x_TH, step, prefix_k_KPND, prefix_v_KPND)
+        return recomputed(lambda x_TH, k, v: self.attend(x_TH, step, k, v), x.x_TH, prefix_k_KPND, prefix_v_KPND, source=x.source)
+
+    def normed(self, norm: str, branch_TH: Tensor, residual_TH: Tensor, step: Step, site: int,
+               with_sum: bool = False) -> tuple[Normed, Tensor]:
+        """LayerNorm(dropout(branch) + residual) by the parameters norm_weight and norm_bias, and the sum where asked for."""
+        weight_H, bias_H = getattr(self, f"{norm}_weight"), getattr(self, f"{norm}_bias")
+        y_TH, sum_TH, kept = add_norm_kept(branch_TH, residual_TH, weight_H, bias_H, self.eps, dropout_p=step.hidden_dropout,
+                                           seed=step.seed, site=site, with_sum=with_sum,
+                                           keep="int8" if step.memory == "lean" else "full")
+        source = NormSource(kept, weight_H, bias_H) if kept is not None and step.memory == "lean" else None
+        return Normed(y_TH, source), y_TH if sum_TH is None else sum_TH
+
+    def gelu(self, x_TH: Tensor, step: Step) -> Tensor:
+        """gelu(x W1 + b), its derivative kept in 8 bits (in full in fp32) or, where memory is lean, in 6."""
+        return linear_gelu(x_TH, self.ffn_up, approximate=self.activation, bits=6 if step.memory == "lean" else 8)
+
+    def forward(self, x: Normed, step: Step, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None,
+                rows_R: Tensor | None = None) -> Normed:
         """rows_R: the rows that are needed of the output, [R, H] then; attention still sees all T tokens."""
-        site = SITES * self.index
-        o_TND = self.attend(x_TH, step, prefix_k_KPND, prefix_v_KPND)
+        if step.memory == "minimal":
+            exact = step._replace(memory="exact")
+            return Normed(recomputed(lambda x_TH, k, v: self(Normed(x_TH), exact, k, v, rows_R).x_TH, x.x_TH, prefix_k_KPND,
+                                     prefix_v_KPND))
+        site, x_TH = SITES * self.index, x.x_TH
+        o_TND = self.attention(x, step, prefix_k_KPND, prefix_v_KPND)
         if rows_R is not None:
             o_TND, x_TH = o_TND.index_select(0, rows_R), x_TH.index_select(0, rows_R)
-        x_TH = add_norm(self.attn_out(o_TND.flatten(1)), x_TH, self.attn_norm_weight, self.attn_norm_bias, self.eps,
-                        dropout_p=step.hidden_dropout, seed=step.seed, site=site + 1)
-        h_TF = linear_gelu(x_TH, self.ffn_up, approximate=self.activation)
-        return add_norm(self.ffn_down(h_TF), x_TH, self.ffn_norm_weight, self.ffn_norm_bias, self.eps,
-                        dropout_p=step.hidden_dropout, seed=step.seed, site=site + 2)
+        x_TH = self.normed("attn_norm", self.attn_out(o_TND.flatten(1)), x_TH, step, site + 1)[0].x_TH
+        return self.normed("ffn_norm", self.ffn_down(self.gelu(x_TH, step)), x_TH, step, site + 2)[0]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ptv2_engine.encoder.config import EncoderConfig, RotaryConfig, activation_of, refuse_switch
-from ptv2_engine.encoder.layer import SITES, Ranges, Step, frozen_linear_of
+from ptv2_engine.encoder.layer import SITES, Normed, Ranges, Step, frozen_linear_of
 from ptv2_engine.encoder.prenorm import PreNormEncoder, PreNormLayer, Residual
+from ptv2_engine.encoder.recompute import recomputed
 from ptv2_engine.encoder.sources import ZEROS, Source, one
 from ptv2_engine.ops import cos_sin_table, key_ranges, linear_geglu, prefix_attention_qkv, rotary
 from ptv2_engine.packing import PackedBatch
@@ -37,11 +38,16 @@ class ModernBertLayer(PreNormLayer):
         if index == 0:
             del self.attn_norm_weight, self.attn_norm_bias      # the embeddings' own norm stands for it
 
-    def enter(self, state: Residual, step: Step) -> tuple[Tensor, Tensor]:
-        return (state.branch_TH, state.branch_TH) if self.index == 0 else super().enter(state, step)
+    def enter(self, state: Residual, step: Step) -> tuple[Normed, Tensor]:
+        return (Normed(state.branch_TH), state.branch_TH) if self.index == 0 else super().enter(state, step)
 
-    def ffn(self, y_TH: Tensor) -> Tensor:
-        return self.ffn_down(linear_geglu(y_TH, self.ffn_up))
+    def norm(self, stream_TH: Tensor) -> Tensor:
+        return stream_TH if self.index == 0 else super().norm(stream_TH)
+
+    def ffn(self, y: Normed, step: Step) -> Tensor:
+        if step.memory != "lean":
+            return self.ffn_down(linear_geglu(y.x_TH, self.ffn_up))
+        return self.ffn_down(recomputed(lambda x_TH: linear_geglu(x_TH, self.ffn_up), y.x_TH, source=y.source))
 
     def project(self, x_TH: Tensor, step: Step) -> Tensor:
         assert step.rotary is not None and step.positions_T is not None

@@ -4,21 +4,24 @@
 
 Adding a branch to the stream and norming the sum for the next branch is one kernel, add_norm_sum, so a layer hands on its
 last branch unadded, and the next layer's first norm (or the final one) adds it.
-Saved for backward in bf16: q, k, v 6H, x_hat twice 4H, and the FFN's derivative: 14H bytes a token with GELU, 16H with
-ModernBERT's GEGLU.
+Saved for backward in bf16: as layer.py says with GELU; with ModernBERT's GEGLU 16H exact (both halves of its product, 6H with
+F = 1.5H), 2H lean (the product too is computed again) and 2H minimal.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ptv2_engine.encoder.config import EncoderConfig
-from ptv2_engine.encoder.layer import SITES, EncoderLayer, Prefix, Step, frozen
+from ptv2_engine.encoder.layer import SITES, EncoderLayer, Normed, Prefix, Step, frozen
+from ptv2_engine.encoder.recompute import recomputed
 from ptv2_engine.encoder.stack import Encoder, of_layer
-from ptv2_engine.ops import add_norm, add_norm_sum, linear_gelu
+from ptv2_engine.ops import add_norm
 
 
 class Residual(NamedTuple):
@@ -29,28 +32,35 @@ class Residual(NamedTuple):
 
 
 class PreNormLayer(EncoderLayer):
-    """Residual -> Residual. first_norm=False: the first layer reads the embeddings as they are (ModernBERT)."""
+    """Residual -> Residual."""
 
-    def enter(self, state: Residual, step: Step) -> tuple[Tensor, Tensor]:
+    def enter(self, state: Residual, step: Step) -> tuple[Normed, Tensor]:
         """(y, s): the attention's normed input and the stream."""
         branch_TH, stream_TH = state
         stream_TH = torch.zeros_like(branch_TH) if stream_TH is None else stream_TH
-        return add_norm_sum(branch_TH, stream_TH, self.attn_norm_weight, self.attn_norm_bias, self.eps,
-                            dropout_p=step.hidden_dropout, seed=step.seed, site=SITES * self.index + 3)
+        return self.normed("attn_norm", branch_TH, stream_TH, step, SITES * self.index + 3, with_sum=True)
 
-    def ffn(self, y_TH: Tensor) -> Tensor:
-        return self.ffn_down(linear_gelu(y_TH, self.ffn_up, approximate=self.activation))
+    def norm(self, stream_TH: Tensor) -> Tensor:
+        """What enter makes of a stream that nothing is added to."""
+        return F.layer_norm(stream_TH, stream_TH.shape[1:], self.attn_norm_weight, self.attn_norm_bias, self.eps)
+
+    def ffn(self, y: Normed, step: Step) -> Tensor:
+        return self.ffn_down(self.gelu(y.x_TH, step))
+
+    def body(self, y: Normed, stream_TH: Tensor, step: Step, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None,
+             rows_R: Tensor | None) -> Residual:
+        """Everything behind the first norm."""
+        o_TND = self.attention(y, step, prefix_k_KPND, prefix_v_KPND)
+        if rows_R is not None:
+            o_TND, stream_TH = o_TND.index_select(0, rows_R), stream_TH.index_select(0, rows_R)
+        y, stream_TH = self.normed("ffn_norm", self.attn_out(o_TND.flatten(1)), stream_TH, step, SITES * self.index + 1,
+                                   with_sum=True)
+        return Residual(self.ffn(y, step), stream_TH)
 
     def forward(self, state: Residual, step: Step, prefix_k_KPND: Tensor | None,  # type: ignore[override]
                 prefix_v_KPND: Tensor | None, rows_R: Tensor | None = None) -> Residual:
         """rows_R: the rows that are needed of the output; attention still sees all T tokens."""
-        y_TH, stream_TH = self.enter(state, step)
-        o_TND = self.attend(y_TH, step, prefix_k_KPND, prefix_v_KPND)
-        if rows_R is not None:
-            o_TND, stream_TH = o_TND.index_select(0, rows_R), stream_TH.index_select(0, rows_R)
-        y_TH, stream_TH = add_norm_sum(self.attn_out(o_TND.flatten(1)), stream_TH, self.ffn_norm_weight, self.ffn_norm_bias,
-                                       self.eps, dropout_p=step.hidden_dropout, seed=step.seed, site=SITES * self.index + 1)
-        return Residual(self.ffn(y_TH), stream_TH)
+        return self.body(*self.enter(state, step), step, prefix_k_KPND, prefix_v_KPND, rows_R)
 
 
 class PreNormEncoder(Encoder):
@@ -62,10 +72,32 @@ class PreNormEncoder(Encoder):
         super().__init__(config, with_pooler)
         self.final_norm_weight, self.final_norm_bias = frozen(config.hidden_size), frozen(config.hidden_size)
 
-    def run_layers(self, x_TH: Tensor, step: Step, prefix: Prefix | None, rows_R: Tensor | None) -> Tensor:
-        state, last = Residual(x_TH, None), len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            state = layer(state, step, *of_layer(prefix, i), rows_R if i == last else None)
+    def final_norm(self, state: Residual, step: Step) -> Tensor:
         assert state.stream_TH is not None
         return add_norm(state.branch_TH, state.stream_TH, self.final_norm_weight, self.final_norm_bias,
-                        self.config.layer_norm_eps, dropout_p=step.hidden_dropout, seed=step.seed, site=SITES * (last + 1) + 1)
+                        self.config.layer_norm_eps, dropout_p=step.hidden_dropout, seed=step.seed,
+                        site=SITES * len(self.layers) + 1)
+
+    def run_layers(self, x_TH: Tensor, step: Step, prefix: Prefix | None, rows_R: Tensor | None) -> Tensor:
+        state, last = Residual(x_TH, None), len(self.layers) - 1
+        if step.memory == "minimal":
+            return self.run_recomputed(state, step._replace(memory="exact"), prefix, rows_R)
+        for i, layer in enumerate(self.layers):
+            state = layer(state, step, *of_layer(prefix, i), rows_R if i == last else None)
+        return self.final_norm(state, step)
+
+    def run_recomputed(self, state: Residual, step: Step, prefix: Prefix | None, rows_R: Tensor | None) -> Tensor:
+        """Keeps the stream in front of each layer, 2H bytes a token in bf16: a state is two tensors, so a recomputed piece
+        reaches from a layer's sum to the next one's."""
+        layers: Any = self.layers
+
+        def piece(i: int, stream_TH: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+            y = Normed(layers[i].norm(stream_TH))
+            if i == len(layers) - 1:
+                return self.final_norm(layers[i].body(y, stream_TH, step, k, v, rows_R), step)
+            return layers[i + 1].enter(layers[i].body(y, stream_TH, step, k, v, None), step)[1]
+
+        stream_TH = layers[0].enter(state, step)[1]
+        for i in range(len(layers)):
+            stream_TH = recomputed(functools.partial(piece, i), stream_TH, *of_layer(prefix, i))
+        return stream_TH

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ptv2_engine.encoder.config import EncoderConfig
 from ptv2_engine.encoder.embeddings import Embeddings, insert_rows
-from ptv2_engine.encoder.layer import SITES, EncoderLayer, Prefix, Step, frozen_linear_of
-from ptv2_engine.errors import InputError
-from ptv2_engine.ops import FrozenLinear
+from ptv2_engine.encoder.layer import MEMORY, SITES, EncoderLayer, Normed, Prefix, Step, frozen_linear_of
+from ptv2_engine.encoder.streaming import WeightStream
+from ptv2_engine.errors import ConfigError, InputError
+from ptv2_engine.ops import FrozenLinear, readable
 from ptv2_engine.packing import PackedBatch, from_packed
 
 
@@ -33,6 +34,8 @@ class Encoder(nn.Module):
         self.pooler: FrozenLinear | None = frozen_linear_of(config.hidden_size, config.hidden_size) if with_pooler else None
         self.hidden_dropout = config.hidden_dropout
         self.attention_dropout = config.attention_dropout
+        self.memory = "exact"
+        self.stream: WeightStream | None = None         # where the layers' matrices come from, if they are not here
 
     @classmethod
     def from_pretrained(cls, source: Any, *, dtype: torch.dtype | None = None,
@@ -50,9 +53,20 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         return self.embeddings.word.device
 
+    def num_parameters(self) -> int:
+        """Weights of the backbone, wherever and however they are kept."""
+        elsewhere = (m for m in self.modules() if isinstance(m, FrozenLinear) and m.weight is None)
+        return sum(p.numel() for p in self.parameters()) + sum(m.out_features * m.in_features for m in elsewhere)
+
     def packed_bytes(self) -> int:
         """Bytes of weights packed for oneDNN, beside the plain ones."""
         return sum(m.packed_bytes() for m in self.modules() if isinstance(m, FrozenLinear))
+
+    def set_memory(self, policy: str) -> None:
+        """What layers keep for backward: "exact", "lean" or "minimal" (see layer.py). Raises ConfigError for other names."""
+        if policy not in MEMORY:
+            raise ConfigError(f"memory {policy!r} does not exist; choose one of {', '.join(MEMORY)}.")
+        self.memory = policy
 
     def finish_loading(self) -> None:
         """What a family computes once from its loaded, frozen weights."""
@@ -88,7 +102,7 @@ class Encoder(nn.Module):
         lengths = prefix.prompt_lengths if prefix is not None else prompt_lengths
         shifts = self._shifts(shift_positions, input_prompt_KPE)
         self.config.check_length(batch.num_positions, length, shifts)
-        if batch.input_ids_T.device.type == "cpu":
+        if readable(batch.input_ids_T):
             self.embeddings.validate(batch)
             _check_prompts(batch, prefix, input_prompt_KPE, length, lengths)
         hidden, attention = (self.hidden_dropout, self.attention_dropout) if self.training else (0.0, 0.0)
@@ -99,7 +113,7 @@ class Encoder(nn.Module):
         x_TH = self.embeddings(batch, self._shift(batch, length, lengths) if shifts else 0, hidden, seed,
                                SITES * len(self.layers))
         step = Step(batch.cu_seqlens, batch.max_seqlen, batch.prompt_ids, None if prefix is None else prefix.prompt_lengths,
-                    prefix_dropout, hidden, attention, seed)
+                    prefix_dropout, hidden, attention, seed, memory=self.memory)
         token_rows = None
         if input_prompt_KPE is not None:
             prompt_KPH = self.embeddings.prompt_rows(input_prompt_KPE.to(self.dtype))
@@ -127,9 +141,10 @@ class Encoder(nn.Module):
 
     def run_layers(self, x_TH: Tensor, step: Step, prefix: Prefix | None, rows_R: Tensor | None) -> Tensor:
         """Embeddings -> the last hidden states, all rows or rows_R."""
+        x = Normed(x_TH)
         for i, layer in enumerate(self.layers):
-            x_TH = layer(x_TH, step, *of_layer(prefix, i), rows_R if i == len(self.layers) - 1 else None)
-        return x_TH
+            x = layer(x, step, *of_layer(prefix, i), rows_R if i == len(self.layers) - 1 else None)
+        return x.x_TH
 
     @torch.no_grad()
     def keys_values(self, ids_P: Tensor) -> Tensor:

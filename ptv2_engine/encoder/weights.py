@@ -1,14 +1,15 @@
 """A checkpoint's tensors -> the encoder's parameters, by the family's name map, one tensor at a time.
 
-The encoder is built on the meta device and each parameter is assigned straight in its target dtype and on its device, so
-memory peaks at the weights plus one tensor. A tensor that needs no cast, move or concatenation keeps its storage: the
-memory-mapped file's, or the transformers model's. Only the fused q, k, v projection is always a new copy.
+The encoder is built on the meta device and each parameter is assigned straight in its target dtype and on its device (quantised,
+or moved to the host, at once where that is asked for), so memory peaks at the weights plus one tensor. A tensor that needs no
+cast, move or concatenation keeps its storage: the memory-mapped file's, or the transformers model's. Only the fused q, k, v
+projection is always a new copy.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_engine.encoder import bert, deberta, deberta_v2, electra, glm, modernbert, roberta
-from ptv2_engine.encoder.checkpoints import Checkpoint, open_checkpoint
+from ptv2_engine.encoder.checkpoints import Checkpoint, SafetensorsFiles, drop_pages, open_checkpoint
 from ptv2_engine.encoder.config import EncoderConfig
 from ptv2_engine.encoder.sources import Source
 from ptv2_engine.encoder.stack import Encoder
+from ptv2_engine.encoder.streaming import FileBlocks, HostBlocks, layout_of, matrices, start_stream
 from ptv2_engine.errors import ConfigError, WeightError
+from ptv2_engine.ops import KINDS, FrozenLinear, quantise
 
 FAMILIES = {model_type: family for family in (bert, roberta, electra, deberta, deberta_v2, glm, modernbert)
             for model_type in family.MODEL_TYPES}
@@ -88,24 +91,32 @@ def _owner(module: nn.Module, dotted: str) -> tuple[nn.Module, str]:
 def _assemble(checkpoint: Checkpoint, source: Source, found: Mapping[str, str], shape: torch.Size, dtype: torch.dtype,
               device: torch.device) -> Tensor:
     """The tensor of `shape` in dtype on device; several tensors are concatenated along dim 0 straight into place."""
-    names = [found[name] for name in source.names]
-    if not names:
+    if not source.names:
         return torch.zeros(shape, dtype=dtype, device=device)
-    if source.make is not None:
-        tensor = source.make([checkpoint.get(name).detach() for name in names])
-        _check_shape(checkpoint, names[0], tensor, shape)
-        return tensor.to(device=device, dtype=dtype).contiguous()
-    if len(names) == 1:
-        tensor = checkpoint.get(names[0]).detach()
-        _check_shape(checkpoint, names[0], tensor, shape)
-        return tensor.to(device=device, dtype=dtype).contiguous()
-    part = torch.Size((shape[0] // len(names), *shape[1:]))
+    if source.make is not None or len(source.names) == 1:
+        return _single(checkpoint, source, found, shape).to(device=device, dtype=dtype).contiguous()
     out = torch.empty(shape, dtype=dtype, device=device)
-    for slot, name in zip(out.chunk(len(names)), names, strict=True):
-        tensor = checkpoint.get(name).detach()
-        _check_shape(checkpoint, name, tensor, part)
-        slot.copy_(tensor)
+    _write(checkpoint, source, found, out)
     return out
+
+
+def _single(checkpoint: Checkpoint, source: Source, found: Mapping[str, str], shape: torch.Size) -> Tensor:
+    tensors = [checkpoint.get(found[name]).detach() for name in source.names]
+    tensor = tensors[0] if source.make is None else source.make(tensors)
+    _check_shape(checkpoint, found[source.names[0]], tensor, shape)
+    return tensor
+
+
+def _write(checkpoint: Checkpoint, source: Source, found: Mapping[str, str], out: Tensor) -> None:
+    """Fill `out` with a tensor, or with several, concatenated along dim 0."""
+    if source.make is not None or len(source.names) == 1:
+        out.copy_(_single(checkpoint, source, found, out.shape))
+        return
+    part = torch.Size((out.shape[0] // len(source.names), *out.shape[1:]))
+    for slot, name in zip(out.chunk(len(source.names)), source.names, strict=True):
+        tensor = checkpoint.get(found[name]).detach()
+        _check_shape(checkpoint, found[name], tensor, part)
+        slot.copy_(tensor)
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, tensor: Tensor, shape: torch.Size) -> None:
@@ -125,18 +136,27 @@ def empty_encoder(config: Mapping[str, Any]) -> Encoder:
     return getattr(family, "ENCODER", Encoder)(family.read_config(config), bool(family.POOLER))
 
 
-def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None,
-                 device: str | torch.device = "cpu") -> tuple[Encoder, Origin]:
+def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+                 frozen_dtype: str | None = None, stream_weights: str | None = None) -> tuple[Encoder, Origin]:
     """Load a frozen encoder.
 
     Arguments:
         source: hub id, local folder, or a transformers model in memory (bare or with any head).
-        dtype: of the weights; None keeps the checkpoint's float32 or bfloat16 and widens anything else to float32.
+        dtype: of the weights and of the computation; None keeps the checkpoint's float32 or bfloat16 and widens anything else to
+            float32.
+        frozen_dtype: "int8", "fp8" or "nf4" keeps the layers' matrices in these codes, each encoded as soon as it is read: memory
+            peaks at the small model and one matrix. None: dtype.
+        stream_weights: "host": the layers' matrices stay in host memory and visit the device when they are used. "file": they
+            stay in the checkpoint's memory-mapped files, which then must stay in place. None: on the device.
     Raises:
-        ConfigError: a family or switch this stack does not have. WeightError: a weight missing, unknown or mis-shaped.
-        CheckpointError: a corrupt file or an unsafe pickle.
+        ConfigError: a family or switch this stack does not have, or options that exclude each other. WeightError: a weight
+        missing, unknown or mis-shaped. CheckpointError: a corrupt file or an unsafe pickle.
     """
+    check_placement(frozen_dtype, stream_weights)
     checkpoint = open_checkpoint(source)
+    if stream_weights == "file" and not isinstance(checkpoint, SafetensorsFiles):
+        raise ConfigError(f"stream_weights 'file' reads memory-mapped safetensors, but {checkpoint.location} is none; save it as "
+                          "safetensors, or use stream_weights='host'.")
     family = family_of(checkpoint.config)
     config: EncoderConfig = family.read_config(checkpoint.config)
     found = _canonical(checkpoint, family)
@@ -148,12 +168,84 @@ def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = 
     device = torch.device(device)
     dtype = dtype or _pick_dtype(checkpoint, found[table["embeddings.word"].names[0]])
     encoder: Encoder = getattr(family, "ENCODER", Encoder)(config, with_pooler)
-    for ours, theirs in table.items():
-        owner, leaf = _owner(encoder, ours)
-        tensor = _assemble(checkpoint, theirs, found, getattr(owner, leaf).shape, dtype, device)
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-    encoder.finish_loading()
+    if stream_weights == "file":
+        sources = _leave_in_file(encoder, table)
+
+        def write(linear: FrozenLinear, out: Tensor) -> None:
+            _write(checkpoint, sources[linear], found, out)
+            for name in sources[linear].names:
+                drop_pages(checkpoint.get(found[name]))
+
+        encoder.stream = start_stream(FileBlocks([layout_of(layer, dtype) for layer in encoder.layers], write), device)
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        return _assemble(checkpoint, table[name], found, shape, dtype, device)
+
+    fill(encoder, table, value, frozen_dtype, stream_weights, device)
     return encoder, Origin(checkpoint.location, checkpoint.config, *fingerprints(checkpoint))
+
+
+def random_encoder(config: Mapping[str, Any], *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+                   frozen_dtype: str | None = None, stream_weights: str | None = None) -> tuple[Encoder, Origin]:
+    """The encoder that a config.json describes with random weights, made on the device: for measurements at real size, and on
+    fake tensors for a plan. Arguments and errors are load_encoder's; stream_weights is "host" or None."""
+    check_placement(frozen_dtype, stream_weights)
+    if stream_weights == "file":
+        raise ConfigError("stream_weights 'file' needs a checkpoint's files, but random weights have none; use "
+                          "stream_weights='host'.")
+    encoder, device = empty_encoder(config), torch.device(device)
+    std = encoder.config.initializer_range
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        if name.endswith("norm_weight"):
+            return torch.ones(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std)
+
+    fill(encoder, [name for name, _ in encoder.named_parameters()], value, frozen_dtype, stream_weights, device)
+    return encoder, Origin("random weights", dict(config), "", "")
+
+
+def check_placement(frozen_dtype: str | None, stream_weights: str | None) -> None:
+    """Raises ConfigError for kinds of weights that do not exist or exclude each other."""
+    if frozen_dtype not in (None, *KINDS):
+        raise ConfigError(f"frozen_dtype {frozen_dtype!r} does not exist; choose one of {', '.join(KINDS)}, or leave it out and "
+                          "set dtype.")
+    if stream_weights not in (None, "host", "file"):
+        raise ConfigError(f"stream_weights {stream_weights!r} does not exist; choose 'host' or 'file', or leave it out.")
+    if stream_weights == "file" and frozen_dtype is not None:
+        raise ConfigError(f"frozen_dtype {frozen_dtype!r} has to be encoded before it can be streamed, but stream_weights 'file' "
+                          "reads the checkpoint's own weights each time; use stream_weights='host'.")
+
+
+def _leave_in_file(encoder: Encoder, table: dict[str, Source]) -> dict[FrozenLinear, Source]:
+    """Take the layers' matrices out of the name map: where each comes from."""
+    return {linear: table.pop(f"layers.{i}.{name}.weight") for i, layer in enumerate(encoder.layers)
+            for name, linear in matrices(layer)}
+
+
+def fill(encoder: Encoder, names: Iterable[str], value: Callable[[str, torch.Size], Tensor], frozen_dtype: str | None,
+         stream_weights: str | None, device: torch.device) -> None:
+    """Give the encoder's parameters their values, a layer after the other; encode and move away each layer's matrices before the
+    next is read."""
+    by_layer: dict[int, list[str]] = {}
+    for name in names:
+        by_layer.setdefault(int(name.split(".")[1]) if name.startswith("layers.") else -1, []).append(name)
+    host = HostBlocks(pin=device.type == "cuda" and torch.cuda.is_available()) if stream_weights == "host" else None
+    for index in sorted(by_layer):
+        small = {f"layers.{index}.{name}.weight" for name, _ in matrices(encoder.layers[index])} if index >= 0 else set()
+        for name in by_layer[index]:
+            owner: Any
+            owner, leaf = _owner(encoder, name)
+            tensor = value(name, getattr(owner, leaf).shape)
+            if frozen_dtype is not None and name in small:
+                owner.hold(quantise(tensor, frozen_dtype))
+            else:
+                setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+        if host is not None and index >= 0:
+            host.add(encoder.layers[index])
+    if host is not None:
+        encoder.stream = start_stream(host, device)
+    encoder.finish_loading()
 
 
 def fingerprints(checkpoint: Checkpoint) -> tuple[str, str]:

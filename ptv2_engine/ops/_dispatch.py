@@ -10,7 +10,7 @@ import contextvars
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ptv2_engine.errors import BackendError
 
 BACKENDS = ("native", "triton", "reference")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ptv2_backend", default=None)
+_planned: contextvars.ContextVar[str | None] = contextvars.ContextVar("ptv2_planned_device", default=None)
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,6 +40,52 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextmanager
+def planned_for(kind: str) -> Iterator[None]:
+    """Choose backends as on a device of this type ("cpu", "cuda"), whatever tensors there are: for fake tensors, whose memory
+    is counted on a machine without that device. Triton's launchers then run, and their kernels do not."""
+    token = _planned.set(kind)
+    try:
+        with _no_triton_kernels() if kind == "cuda" else nullcontext():
+            yield
+    finally:
+        _planned.reset(token)
+
+
+@contextmanager
+def _no_triton_kernels() -> Iterator[None]:
+    from triton.runtime.jit import KernelInterface
+
+    launch = KernelInterface.__getitem__
+    KernelInterface.__getitem__ = lambda *_: lambda *_, **__: None
+    try:
+        yield
+    finally:
+        KernelInterface.__getitem__ = launch
+
+
+def device_type(where: Tensor | torch.device) -> str:
+    """The type of a tensor's device, or the planned one."""
+    return _planned.get() or (where.device if isinstance(where, Tensor) else where).type
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the values can be looked at for nothing: on the CPU, and real."""
+    return tensor.device.type == "cpu" and _planned.get() is None
+
+
+def cached_table(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """lru_cache for small tables that depend on their arguments only; while memory is planned nothing is kept, as fake tensors
+    must not outlive the plan."""
+    kept = functools.lru_cache(maxsize=16)(function)
+
+    @functools.wraps(function)
+    def table(*args: Any) -> Tensor:
+        return kept(*args) if _planned.get() is None else function(*args)
+
+    return table
 
 
 @functools.cache
@@ -67,8 +114,8 @@ def interpreting() -> bool:
 def native_reasons(device: torch.device, dtype: torch.dtype, **_: Any) -> list[str]:
     """Why the C++ kernels do not take tensors of this device and dtype; empty when they do."""
     reasons = []
-    if device.type != "cpu":
-        reasons.append(f"tensors are on {device.type}")
+    if device_type(device) != "cpu":
+        reasons.append(f"tensors are on {device_type(device)}")
     elif unavailable := native_unavailable():
         reasons.append(unavailable)
     if dtype not in NATIVE_DTYPES:
@@ -81,11 +128,11 @@ def triton_reasons(device: torch.device, dtype: torch.dtype, **_: Any) -> list[s
     reasons = []
     if unavailable := triton_unavailable():
         reasons.append(unavailable)
-    elif device.type != "cuda" and not interpreting():
-        reasons.append(f"tensors are on {device.type}")
+    elif device_type(device) != "cuda" and not interpreting():
+        reasons.append(f"tensors are on {device_type(device)}")
     if dtype not in TRITON_DTYPES:
         reasons.append(f"dtype {_name(dtype)} (has float16, bfloat16, float32)")
-    elif interpreting() and device.type == "cpu" and dtype == torch.bfloat16:
+    elif interpreting() and device_type(device) == "cpu" and dtype == torch.bfloat16:
         reasons.append("dtype bfloat16 (Triton's interpreter computes it wrongly)")
     return reasons
 
@@ -116,7 +163,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype,
             break
         reasons[backend] = _REASONS[backend](device, dtype) + extra.get(backend, [])
         # An interpreted Triton kernel is a way to test, never a way to run: it must be asked for.
-        asked = forced == backend or device.type == "cuda" or backend != "triton"
+        asked = forced == backend or device_type(device) == "cuda" or backend != "triton"
         if not reasons[backend] and asked:
             return Choice(backend, reasons)
         if forced == backend:
@@ -127,7 +174,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype,
 
 
 def launcher(backend: str, device: torch.device, name: str) -> Callable[..., Any]:
-    """The callable behind `ptv2::name`: the registered op, or the plain Triton launcher under the interpreter."""
+    """The callable behind `ptv2::name`: the registered op, or the plain Triton launcher under the interpreter (or a plan)."""
     if backend == "triton" and device.type == "cpu":
         return _triton_launcher(name)
     if backend == "triton":
@@ -140,8 +187,8 @@ def _overload(name: str) -> Callable[..., Any]:
     return getattr(torch.ops.ptv2, name).default
 
 
-_TRITON_MODULES = {"embedding": "embedding", "add_norm_fwd": "add_norm", "add_norm_bwd": "add_norm", "gelu_": "linear_gelu",
-                   "gelu_bwd": "linear_gelu", "prefix_attention_fwd": "prefix_attention",
+_TRITON_MODULES = {"embedding": "embedding", "add_norm_fwd": "add_norm", "add_norm_bwd": "add_norm", "renorm": "add_norm",
+                   "gelu_": "linear_gelu", "gelu_bwd": "linear_gelu", "prefix_attention_fwd": "prefix_attention",
                    "prefix_attention_bwd": "prefix_attention", "disentangled_attention_fwd": "disentangled_attention",
                    "disentangled_attention_bwd": "disentangled_attention", "rotary_": "rotary", "geglu_fwd": "geglu",
                    "geglu_bwd": "geglu", "dequantise": "dequantise"}

@@ -11,7 +11,6 @@ occur in it: nothing of size [T, R] is written. Saved for backward: what prefix_
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ptv2_engine.errors import InputError
 from ptv2_engine.ops import _philox, prefix_attention
-from ptv2_engine.ops._dispatch import choose, describe, launcher
+from ptv2_engine.ops._dispatch import cached_table, choose, describe, launcher
 
 _FRONT = "Tensor q_TND, Tensor k_TND, Tensor v_TND, Tensor? prefix_k_KPND, Tensor? prefix_v_KPND, Tensor? rel_k_RND, "\
          "Tensor? rel_q_RND, Tensor slots, "
@@ -48,7 +47,7 @@ def _fake_bwd(dout_TND, q_TND, k_TND, v_TND, prefix_k_KPND, *rest):  # type: ign
     return dqkv, *(q_TND.new_empty(prefix_k_KPND.shape, dtype=torch.float32) for _ in range(2))
 
 
-@functools.lru_cache(maxsize=16)
+@cached_table
 def slots_of(length: int, span: int, buckets: int, max_distance: int, device: torch.device) -> Tensor:
     """int32 [2L - 1]: the table row of each distance d = i - j at index d + L - 1, for tables of 2 * span rows.
 

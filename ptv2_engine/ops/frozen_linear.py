@@ -7,17 +7,20 @@ Weights are read from the module when backward runs, so a sharded module may fre
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ptv2_engine.ops._dispatch import choose
+from ptv2_engine.ops._dispatch import choose, device_type
+from ptv2_engine.ops.quantised import Quantised, dequantise
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 # oneDNN chooses the packed layout for a number of rows; measured within 1 % of each other from 256 to 8192.
 _TYPICAL_ROWS = 2048
+PLAIN = "plain"          # the kind of a held weight that is no code
 
 
 def reference(x_TH: Tensor, weight_OH: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -30,29 +33,34 @@ def can_pack() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+class WeightSource(Protocol):
+    """Where a linear layer finds a weight that it does not hold itself."""
+
+    def fetch(self, linear: FrozenLinear) -> Quantised: ...
+
+
 class FrozenLinear(nn.Module):
     """A linear layer whose weight [O, I] and bias [O] never get a gradient.
 
-    `forward(x [T, I]) -> [T, O]` is the op `frozen_linear`. Packed copies for oneDNN are made on first use on the CPU and
-    made again when the weight's storage or version changes (load_state_dict, .to()).
+    `forward(x [T, I]) -> [T, O]` is the op `frozen_linear`. The weight is one of three things: a parameter in the compute dtype;
+    `held`, quantised codes that become a matrix in x's dtype only while they are multiplied with; or with a `stream`, which knows
+    where it is. Packed copies of a parameter for oneDNN are made on first use on the CPU and made again when its storage or
+    version changes (load_state_dict, .to()).
     """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight_OI, requires_grad=False)
+        self.out_features, self.in_features = weight_OI.shape
+        self.weight: nn.Parameter | None = nn.Parameter(weight_OI, requires_grad=False)
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+        self.held: Quantised | None = None
+        self.stream: WeightSource | None = None
         self._packed: dict[str, tuple[tuple[int, int, torch.dtype], Tensor]] = {}
 
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, frozen"
+        kind = "" if self.held is None else f", {self.held.kind}"
+        streamed = "" if self.stream is None else ", streamed"
+        return f"in_features={self.in_features}, out_features={self.out_features}, frozen{kind}{streamed}"
 
     def forward(self, x_TI: Tensor) -> Tensor:
         return frozen_linear(x_TI, self)
@@ -60,36 +68,69 @@ class FrozenLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}}      # opaque oneDNN tensors can be neither pickled nor deep-copied
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
+        """.to(), .cuda(): codes follow to the device, and keep their dtype."""
+        super()._apply(fn, recurse)
+        if self.held is not None:
+            device = fn(torch.empty(0, dtype=torch.uint8, device=self.held.codes.device)).device
+            self.held = self.held._replace(codes=self.held.codes.to(device), scales=self.held.scales.to(device))
+        return self
+
+    def hold(self, held: Quantised) -> None:
+        """Use codes in place of the parameter."""
+        self.weight, self.held, self._packed = None, held, {}
+
+    def give_up(self) -> None:
+        """Drop the weight: a stream has a copy."""
+        self.weight, self.held, self._packed = None, None, {}
+
+    def stream_from(self, stream: WeightSource) -> None:
+        """Ask a stream for the weight from now on."""
+        self.give_up()
+        self.stream = stream
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [O, I] in the compute dtype: itself, or decoded for the moment."""
+        held = self.held if self.stream is None else self.stream.fetch(self)
+        if held is None:
+            assert self.weight is not None
+            return self.weight
+        return held.codes if held.kind == PLAIN else dequantise(held, dtype)
+
     def packed_bytes(self) -> int:
         """Bytes held by the packed copies that exist now."""
-        return len(self._packed) * self.weight.numel() * self.weight.element_size()
+        return 0 if self.weight is None else len(self._packed) * self.weight.numel() * self.weight.element_size()
+
+    def packs(self, x: Tensor) -> bool:
+        """Whether x is multiplied with packed copies: on the CPU, in a dtype oneDNN has, where the weight is a parameter (copies
+        of codes or of a streamed weight would cost the memory that those save)."""
+        return (device_type(x) == "cpu" and x.dtype in PACKED_DTYPES and x.shape[0] > 0 and self.weight is not None
+                and can_pack())
 
     def packed(self, direction: str) -> Tensor:
         """W reordered by oneDNN: "forward" for x W^T, "backward" for dY W."""
         weight = self.weight
-        key = (weight.data_ptr(), weight._version, weight.dtype)
+        assert weight is not None
+        fake = isinstance(weight.data, FakeTensor)      # when memory is planned: the copy's size, and no pointer
+        key = (0 if fake else weight.data_ptr(), weight._version, weight.dtype)
         held = self._packed.get(direction)
         if held is None or held[0] != key:
             plain = weight.detach() if direction == "forward" else weight.detach().t().contiguous()
-            held = self._packed[direction] = (key, torch.ops.mkldnn._reorder_linear_weight(plain, _TYPICAL_ROWS))
+            made = torch.empty_like(plain) if fake else torch.ops.mkldnn._reorder_linear_weight(plain, _TYPICAL_ROWS)
+            held = self._packed[direction] = (key, made)
         return held[1]
 
     def matmul(self, x_TI: Tensor, packed: bool) -> Tensor:
         """x W^T + b, no autograd."""
         if packed:
             return torch.ops.mkldnn._linear_pointwise(x_TI, self.packed("forward"), self.bias, "none", [], "")
-        return F.linear(x_TI, self.weight, self.bias)
+        return F.linear(x_TI, self.dense(x_TI.dtype), self.bias)
 
     def matmul_transposed(self, dy_TO: Tensor, packed: bool) -> Tensor:
         """dY W, no autograd."""
         if packed:
             return torch.ops.mkldnn._linear_pointwise(dy_TO, self.packed("backward"), None, "none", [], "")
-        return dy_TO @ self.weight
-
-
-def packs(x: Tensor) -> bool:
-    """Whether the oneDNN path with packed weights is taken for x: CPU, a dtype it has, and at least one row."""
-    return x.device.type == "cpu" and x.dtype in PACKED_DTYPES and x.shape[0] > 0 and can_pack()
+        return dy_TO @ self.dense(dy_TO.dtype)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -121,10 +162,10 @@ def frozen_linear(x_TI: Tensor, linear: FrozenLinear | Tensor, bias_O: Tensor | 
     choice = choose("frozen_linear", x_TI.device, x_TI.dtype)
     if choice.backend == "reference":
         if isinstance(linear, FrozenLinear):
-            return reference(x_TI, linear.weight, linear.bias)
+            return reference(x_TI, linear.dense(x_TI.dtype), linear.bias)
         return reference(x_TI, linear, bias_O)
     linear = as_frozen(linear, bias_O)
-    packed = packs(x_TI)
+    packed = linear.packs(x_TI)
     if torch.is_grad_enabled() and x_TI.requires_grad:
         return _FrozenLinear.apply(x_TI, linear, packed)
     return linear.matmul(x_TI.detach(), packed)

@@ -4,8 +4,9 @@
 
 The prefix is one copy for the whole batch, [K, P, N, D] for K prompts: it is never expanded over sequences nor
 concatenated to the keys, and its gradient is summed over the batch inside the kernel in a fixed order.
-Saved for backward: q, k, v (6H bytes a token in bf16) and the log-sum-exp (4N). Rows of more than ONE_PASS_KEYS keys
-also keep their output (2H): a kernel that streams keys needs rowsum(dO * O) before it has seen the whole row.
+Saved for backward: q, k, v (6H bytes a token in bf16) and the log-sum-exp (4N). On Triton, rows of more than TWO_PASS_KEYS keys
+also keep their output (2H): a kernel that streams keys needs rowsum(dO * O) before it has seen the whole row, and else passes
+over the keys twice.
 When q, k, v need no gradient (the lowest prompted layer) only dPk and dPv are computed.
 
 Which tokens a query sees: all of its sequence, or, with `context` and `key_range`, the first context[b] tokens and those in
@@ -24,7 +25,7 @@ from ptv2_engine.errors import InputError
 from ptv2_engine.ops import _philox
 from ptv2_engine.ops._dispatch import choose, describe, launcher
 
-ONE_PASS_KEYS = 1024
+TWO_PASS_KEYS = 2048
 TRITON_HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 
 _COMMON = ("Tensor q_TND, Tensor k_TND, Tensor v_TND, Tensor? prefix_k_KPND, Tensor? prefix_v_KPND, {between}Tensor cu_seqlens, "
@@ -143,7 +144,7 @@ def _backward(ctx: Any, dout_TND: Tensor, need_tokens: bool) -> tuple[Tensor, Te
 def _forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tensor | None, plain: tuple[Any, ...],
              backend: str, prefix_at: int) -> Tensor:
     out, lse = launcher(backend, q.device, "prefix_attention_fwd")(q, k, v, pk, pv, *plain)
-    long = plain[1] + (0 if pk is None else pk.shape[1]) > ONE_PASS_KEYS
+    long = backend == "triton" and plain[1] + (0 if pk is None else pk.shape[1]) > TWO_PASS_KEYS
     ctx.save_for_backward(q, k, v, pk, pv, out if long else None, lse)
     ctx.plain, ctx.backend, ctx.prefix_at = plain, backend, prefix_at
     return out

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ptv2_engine.errors import InputError
 from ptv2_engine.kernels import nf4
@@ -109,7 +110,8 @@ def quantise(weight_OI: Tensor, kind: str) -> Quantised:
     scales = weight_OI.new_empty(size // block if kind == "nf4" else height, dtype=torch.float32)
     # blocks run on from row to row: a chunk holds whole ones
     whole = block // math.gcd(width, block) if kind == "nf4" else 1
-    step = max(_CHUNK // (width * whole), 1) * whole
+    chunk = size if isinstance(weight_OI, FakeTensor) else _CHUNK       # what takes no memory needs no pieces
+    step = max(chunk // (width * whole), 1) * whole
     for first in range(0, height, step):
         last = min(first + step, height)
         rows = weight_OI[first:last].float().contiguous()

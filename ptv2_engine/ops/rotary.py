@@ -8,13 +8,12 @@ way. Nothing is saved but the positions.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ptv2_engine.ops._dispatch import choose, launcher
+from ptv2_engine.ops._dispatch import cached_table, choose, launcher
 
 torch.library.define("ptv2::rotary_", "(Tensor(a!) qkv_T3ND, Tensor cos_sin_LD, Tensor positions_T, bool inverse) -> ()")
 
@@ -24,7 +23,7 @@ def _fake(qkv_T3ND: Tensor, cos_sin_LD: Tensor, positions_T: Tensor, inverse: bo
     return None
 
 
-@functools.lru_cache(maxsize=16)
+@cached_table
 def cos_sin_table(length: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
     """fp32 [L, D]: row p holds cos(p w_i), then sin(p w_i), with w_i = theta ** (-2 i / D); computed in fp64."""
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)

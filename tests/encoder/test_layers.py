@@ -77,7 +77,7 @@ def test_layers_below_the_lowest_prompt_have_no_graph():
     _, encoder, _, packed = make()
     graphs = []
     for layer in encoder.layers:
-        layer.register_forward_hook(lambda module, args, out: graphs.append((args[0].requires_grad, out.requires_grad)))
+        layer.register_forward_hook(lambda module, args, out: graphs.append((args[0].x_TH.requires_grad, out.x_TH.requires_grad)))
     saved = []
     rows = torch.randn(L, 2, P, N, D, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(len(graphs)) or t, lambda t: t):
@@ -122,7 +122,7 @@ def test_training_dropout_is_the_same_in_both_backends():
 def test_no_two_dropouts_share_a_call_site(monkeypatch):
     """Equal sites would draw equal masks: add_norm and embedding share one Philox stream, attention has its own."""
     sites = {"hidden": [], "attention": []}
-    for module, name, kind in (("layer", "add_norm", "hidden"), ("layer", "prefix_attention_qkv", "attention"),
+    for module, name, kind in (("layer", "add_norm_kept", "hidden"), ("layer", "prefix_attention_qkv", "attention"),
                                ("embeddings", "embedding", "hidden")):
         owner = importlib.import_module(f"ptv2_engine.encoder.{module}")
         original = getattr(owner, name)

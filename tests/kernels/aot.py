@@ -59,14 +59,18 @@ def row_ops(H: int, dtype: torch.dtype, dropout: float) -> None:
     x, weight, seed = torch.zeros(8, H, dtype=dtype), torch.zeros(H, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     ids = torch.zeros(8, dtype=torch.int64)
     for total in (False, True):
-        _, xhat, rstd, _ = add_norm.add_norm_fwd(x, x, weight, weight, 1e-12, dropout, seed, 1, True, total)
-        add_norm.add_norm_bwd(x, x if total else None, xhat, rstd, weight, dropout, seed, 1)
+        _, xhat, rstd, _, _ = add_norm.add_norm_fwd(x, x, weight, weight, 1e-12, dropout, seed, 1, "full", total)
+        add_norm.add_norm_bwd(x, x if total else None, xhat, None, rstd, weight, dropout, seed, 1)
+        _, codes, rstd, scales, _ = add_norm.add_norm_fwd(x, x, weight, weight, 1e-12, dropout, seed, 1, "int8", total)
+        add_norm.add_norm_bwd(x, x if total else None, codes, scales, rstd, weight, dropout, seed, 1)
+    add_norm.renorm(codes, scales, weight, weight, dtype)
     embedding.embedding(ids, ids, ids, x, x, x, weight, weight, 1e-12, dropout, seed, 1)
 
 
 def gelu(dtype: torch.dtype, approximate: str) -> None:
     z = torch.zeros(8, 64, dtype=dtype)
-    linear_gelu.gelu_bwd(z, linear_gelu.gelu_(z, approximate, True))
+    for bits in (8, 6):
+        linear_gelu.gelu_bwd(z, linear_gelu.gelu_(z, approximate, True, bits), bits)
 
 
 def disentangled(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.0, terms: str = "c2p p2c") -> None:

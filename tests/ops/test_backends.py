@@ -143,7 +143,8 @@ def test_opcheck_of_every_schema():
     ranges = ops.key_ranges(cu, 8, window=1)
     out, lse = torch.ops.ptv2.prefix_attention_fwd(*qkv.unbind(1), pk, pv, *plain, None, None)
     x, weight = torch.randn(6, 32), torch.rand(32)
-    _, xhat, rstd, _ = torch.ops.ptv2.add_norm_fwd(x, x, weight, weight, 1e-5, 0.1, seed, 0, True, False)
+    _, xhat, rstd, _, _ = torch.ops.ptv2.add_norm_fwd(x, x, weight, weight, 1e-5, 0.1, seed, 0, "full", False)
+    _, codes, _, scales, _ = torch.ops.ptv2.add_norm_fwd(x, x, weight, weight, 1e-5, 0.1, seed, 0, "int8", False)
     tables = (torch.randn(8, N, D), None, slots_of(5, 4, 0, 0, torch.device("cpu")))
     z = torch.randn(6, 16)
     checks = [
@@ -158,11 +159,15 @@ def test_opcheck_of_every_schema():
         (torch.ops.ptv2.rotary_, (qkv.clone(), torch.randn(9, D), torch.arange(8), False)),
         (torch.ops.ptv2.geglu_fwd, (z,)),
         (torch.ops.ptv2.geglu_bwd, (torch.randn(6, 8), z)),
-        *((torch.ops.ptv2.add_norm_fwd, (x, x, weight, weight, 1e-5, 0.1, seed, 0, True, total)) for total in (False, True)),
-        (torch.ops.ptv2.add_norm_bwd, (x, None, xhat, rstd, weight, 0.1, seed, 0)),
-        (torch.ops.ptv2.add_norm_bwd, (x, x, xhat, rstd, weight, 0.0, None, 0)),
-        (torch.ops.ptv2.gelu_, (x.clone(), "none", True)),
-        (torch.ops.ptv2.gelu_bwd, (x, x)),
+        *((torch.ops.ptv2.add_norm_fwd, (x, x, weight, weight, 1e-5, 0.1, seed, 0, keep, total)) for total in (False, True)
+          for keep in ("none", "full", "int8")),
+        (torch.ops.ptv2.add_norm_bwd, (x, None, xhat, None, rstd, weight, 0.1, seed, 0)),
+        (torch.ops.ptv2.add_norm_bwd, (x, x, codes, scales, rstd, weight, 0.0, None, 0)),
+        (torch.ops.ptv2.renorm, (xhat, None, weight, weight, torch.float32)),
+        (torch.ops.ptv2.renorm, (codes, scales, weight, weight, torch.bfloat16)),
+        *((torch.ops.ptv2.gelu_, (x.clone(), "none", save, bits)) for save in (False, True) for bits in (8, 6)),
+        (torch.ops.ptv2.gelu_bwd, (x, x, 8)),
+        (torch.ops.ptv2.gelu_bwd, (x, torch.zeros(x.shape[0], 3, x.shape[1] // 4, dtype=torch.uint8), 6)),
         (torch.ops.ptv2.embedding, (torch.tensor([1, 2]), torch.tensor([0, 1]), None, torch.randn(4, 32), torch.randn(3, 32),
                                     torch.randn(2, 32), weight, weight, 1e-5, 0.0, None, 0)),
     ]

@@ -31,12 +31,14 @@ struct EmbeddingParams {
   Dropout dropout;
 };
 
+constexpr int64_t XHAT_BLOCK = 64;  // columns of an int8 x_hat that share a scale
+
 struct AddNormParams {
   DType dtype;
   const void *x_TH, *residual_TH;
   const float *weight_H, *bias_H;
   void *y_TH, *xhat_TH;  // xhat, rstd: null when nothing is saved
-  float* rstd_T;
+  float *rstd_T, *scales;  // scales: [T, ceil(H / XHAT_BLOCK)] where xhat is int8, else null
   void* sum_TH;          // dropout(x) + residual; null when it is not wanted
   int64_t T, H;
   float eps;
@@ -46,10 +48,19 @@ struct AddNormParams {
 struct AddNormBwdParams {
   DType dtype;
   const void *dy_TH, *dsum_TH, *xhat_TH;  // dsum: null when the sum had no other reader
-  const float *rstd_T, *weight_H;
+  const float *rstd_T, *scales, *weight_H;
   void *dresidual_TH, *dx_TH;  // dx: null without dropout, where it equals dresidual
   int64_t T, H;
   Dropout dropout;
+};
+
+// y = xhat * weight + bias from what add_norm saved.
+struct RenormParams {
+  DType dtype;
+  const void* xhat_TH;
+  const float *scales, *weight_H, *bias_H;
+  void* y_TH;
+  int64_t T, H;
 };
 
 struct GeluParams {
@@ -58,13 +69,14 @@ struct GeluParams {
   void* derivative;   // f32: float; bf16: uint8 code (gelu_code.h); null when nothing is saved
   int64_t count;
   bool tanh;
+  int64_t quarter;    // 6 bits: F / 4, derivative is [T, 3, F / 4] bytes (gelu_code.h); 8 bits: 0
 };
 
 struct GeluBwdParams {
   DType dtype;
   const void *dh, *derivative;
   void* dz;
-  int64_t count;
+  int64_t count, quarter;
 };
 
 // h = gelu(z[:, :F]) * z[:, F:], gelu with erf.

@@ -1,0 +1,190 @@
+"""Frozen weights that are smaller, or somewhere else: quantised codes, and layers that are streamed from host memory or a
+file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from ptv2_engine import PromptConfig, PromptedModel
+from ptv2_engine.encoder import load_encoder
+from ptv2_engine.encoder.streaming import FileBlocks, WeightStream, matrices, start_stream
+from ptv2_engine.errors import ConfigError
+from ptv2_engine.ops import FrozenLinear, dequantise
+from ptv2_engine.testing import padded_batch, tiny_model
+
+FAMILIES = ("bert", "electra", "deberta", "deberta-v2", "modernbert")
+
+
+def saved(tmp_path, family="bert", **overrides) -> str:
+    tiny_model(family, **overrides).save_pretrained(tmp_path / family)
+    return str(tmp_path / family)
+
+
+def outcome(model: PromptedModel, policy: str = "exact") -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and the prompt's gradient."""
+    model.zero_grad()
+    model.encoder.set_memory(policy)
+    out = model(**padded_batch([7, 20, 1, 12]), labels=torch.tensor([0, 1, 2, 1]))
+    out.loss.backward()
+    return out.logits.detach(), model.prompt.bank.grad.clone()
+
+
+def build(source, seed=0, **placement) -> PromptedModel:
+    torch.manual_seed(seed)
+    return PromptedModel.from_pretrained(source, num_labels=3, prompt=PromptConfig(5), **placement)
+
+
+def plainly_decoded(model: PromptedModel) -> PromptedModel:
+    """The same model with each code's value in a plain weight."""
+    for layer in model.encoder.layers:
+        for _, linear in matrices(layer):
+            held, linear.held = linear.held, None
+            linear.weight = torch.nn.Parameter(dequantise(held, model.dtype), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+def test_codes_compute_what_their_values_would(tmp_path, family, kind):
+    """A quantised model is the model with rounded weights, in forward and in the prompt's gradient; and it is smaller."""
+    source = saved(tmp_path, family)
+    small = build(source, frozen_dtype=kind)
+    linears = [linear for layer in small.encoder.layers for _, linear in matrices(layer)]
+    assert all(linear.weight is None and linear.held.kind == kind and not linear.packed_bytes() for linear in linears)
+    logits, gradient = outcome(small)
+    limit = {"int8": 0.2, "fp8": 0.5, "nf4": 0.9}[kind]           # of a tiny random net; the exact check is below
+    exact_logits, exact_gradient = outcome(build(source))
+    assert 0 < (logits - exact_logits).norm() <= limit * exact_logits.norm()
+    assert 0 < (gradient - exact_gradient).norm() <= limit * exact_gradient.norm()
+    assert small.encoder.num_parameters() == build(source).encoder.num_parameters()
+    plain_logits, plain_gradient = outcome(plainly_decoded(small))
+    torch.testing.assert_close(logits, plain_logits, rtol=1e-4, atol=1e-5)
+    assert (gradient - plain_gradient).norm() <= 1e-4 * plain_gradient.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("placement", [{"stream_weights": "host"}, {"stream_weights": "file"},
+                                       {"stream_weights": "host", "frozen_dtype": "int8"}], ids=str)
+def test_streaming_changes_no_number(tmp_path, family, placement):
+    source = saved(tmp_path, family)
+    still = {name: value for name, value in placement.items() if name != "stream_weights"}
+    streamed, here = build(source, **placement), build(source, **still)
+    for policy in ("exact", "lean", "minimal"):
+        for _ in range(2):                                 # the second step starts where the first one's backward ended
+            (logits, gradient), (want_logits, want_gradient) = outcome(streamed, policy), outcome(here, policy)
+            torch.testing.assert_close(logits, want_logits, rtol=1e-5, atol=1e-5)
+            assert (gradient - want_gradient).norm() <= 1e-4 * want_gradient.norm()
+    assert streamed.encoder.stream.copied_bytes > 0
+    assert not [n for n, p in streamed.encoder.named_parameters() if n.endswith(("qkv.weight", "ffn_up.weight"))]
+
+
+def test_a_deep_stack_brings_each_layer_once_a_pass(tmp_path):
+    """8 layers through 3 slots: forward loads 5 beyond the first 3, backward those that have left, each exactly once."""
+    model = build(saved(tmp_path, num_hidden_layers=8), stream_weights="host")
+    stream: WeightStream = model.encoder.stream
+    per_layer = stream.blocks.layouts[0].nbytes
+    outcome(model)
+    first = stream.copied_bytes
+    outcome(model)
+    assert stream.copied_bytes - first == 2 * 5 * per_layer       # 3 of 8 are still there at each turn
+    assert first == (8 + 5) * per_layer
+    assert stream.nbytes == 3 * per_layer
+
+
+def test_prompts_in_the_upper_layers_leave_the_lower_ones_alone(tmp_path):
+    torch.manual_seed(0)
+    model = PromptedModel.from_pretrained(saved(tmp_path, num_hidden_layers=8), num_labels=3, stream_weights="host",
+                                          prompt=PromptConfig(5, prompt_layers=[6, 7]))
+    stream = model.encoder.stream
+    outcome(model)
+    before = stream.copied_bytes
+    outcome(model)
+    # layers 5, 6, 7 are there when backward ends; forward brings 0 to 4 and, having evicted them, 5 to 7
+    assert stream.copied_bytes - before == 8 * stream.blocks.layouts[0].nbytes
+
+
+def test_a_slot_is_not_overwritten_while_its_layer_is_at_work():
+    """Every fetch returns the bytes of its own layer, whatever the order of the calls."""
+    layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(5))
+    for i, layer in enumerate(layers):
+        layer.qkv = FrozenLinear(torch.full((4, 4), float(i)))
+    linears = [layer.qkv for layer in layers]
+    from ptv2_engine.encoder.streaming import HostBlocks
+
+    blocks = HostBlocks(pin=False)
+    for layer in layers:
+        blocks.add(layer)
+    start_stream(blocks, torch.device("cpu"), slots=2)
+    generator = torch.Generator().manual_seed(0)
+    for i in [0, 1, 2, 3, 4, 4, 3, 2, 1, 0, *torch.randint(5, (200,), generator=generator).tolist()]:
+        assert torch.equal(linears[i].dense(torch.float32), torch.full((4, 4), float(i)))
+
+
+def test_dtype_moves_leave_codes_alone(tmp_path):
+    model = build(saved(tmp_path), frozen_dtype="fp8")
+    held = model.encoder.layers[0].qkv.held
+    model.set_backbone_dtype(torch.bfloat16)
+    after = model.encoder.layers[0].qkv.held
+    assert after.codes.dtype == torch.float8_e4m3fn and after.scales.dtype == torch.float32 and model.dtype == torch.bfloat16
+    assert torch.equal(after.scales, held.scales)
+    outcome(model)
+
+
+@pytest.mark.parametrize("placement,words", [
+    ({"frozen_dtype": "int3"}, "frozen_dtype 'int3' does not exist"),
+    ({"stream_weights": "disk"}, "stream_weights 'disk' does not exist"),
+    ({"stream_weights": "file", "frozen_dtype": "int8"}, "use stream_weights='host'"),
+], ids=str)
+def test_placements_that_do_not_exist(tmp_path, placement, words):
+    with pytest.raises(ConfigError, match=words):
+        load_encoder(saved(tmp_path), **placement)
+
+
+def test_a_model_in_memory_has_no_file_to_stream_from():
+    with pytest.raises(ConfigError, match="safetensors"):
+        load_encoder(tiny_model(), stream_weights="file")
+
+
+_RESIDENT = """
+import sys, torch
+from ptv2_engine import PromptConfig, PromptedModel
+
+def resident():
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssFile")) * 1024
+
+stream = sys.argv[2] or None
+torch.set_num_threads(1)
+ids = torch.ones(1, 8, dtype=torch.long)
+PromptedModel.from_pretrained(sys.argv[3], num_labels=2, prompt=PromptConfig(2), stream_weights=stream)(ids)     # code is loaded
+before = resident()
+model = PromptedModel.from_pretrained(sys.argv[1], num_labels=2, prompt=PromptConfig(2), stream_weights=stream)
+for _ in range(2):
+    model(ids, labels=torch.tensor([0])).loss.backward()
+print((resident() - before) / model.encoder.stream.blocks.layouts[0].nbytes if stream else resident() - before)
+"""
+
+
+@pytest.mark.slow
+def test_streaming_from_a_file_keeps_a_few_layers_resident(tmp_path):
+    """24 layers of 12.6 MB: a few of them are resident at the end of a step, anonymous memory and mapped file together."""
+    big = saved(tmp_path, "bert", hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8)
+    small = saved(tmp_path / "small", "bert")
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(_RESIDENT), big, "file", small], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert float(out.stdout) < 7, f"{float(out.stdout):.1f} of 24 layers are resident"
+
+
+def test_file_blocks_refuse_nothing_silently(tmp_path):
+    """A weight that the file holds in pieces (q, k, v apart) arrives whole and in order."""
+    source = saved(tmp_path)
+    streamed, here = load_encoder(source, stream_weights="file")[0], load_encoder(source)[0]
+    assert isinstance(streamed.stream.blocks, FileBlocks)
+    for a, b in zip(streamed.layers, here.layers, strict=True):
+        for (_, mine), (_, theirs) in zip(matrices(a), matrices(b), strict=True):
+            assert torch.equal(mine.dense(torch.float32), theirs.weight)
