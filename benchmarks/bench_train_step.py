@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from ptv2_engine import PromptConfig, PromptedModel
+from ptv2_engine.batches import PackedCollator
 from ptv2_engine.optim import adamw
-from ptv2_engine.packing import PackedCollator
 
 BATCH, PROMPT = 32, 20
 LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text())

@@ -23,7 +23,7 @@ _PUBLIC = {
     "PromptBank": "prompt",
     "PromptedModel": "model",
     "Trainer": "trainer",
-    "PackedCollator": "packing",
+    "PackedCollator": "batches",
     "PTV2Error": "errors",
 }
 __all__ = [*_PUBLIC, "__version__", "errors", "ops"]

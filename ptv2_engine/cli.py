@@ -1,4 +1,4 @@
-"""The `ptv2` command: train, evaluate, predict, info. Argument parsing and printing only."""
+"""The `ptv2` command: train, evaluate, predict, memory, info. Argument parsing and printing only."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from ptv2_engine.errors import PTV2Error
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 with one sentence on stderr for anything a user can mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "info": _info}
+    commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "memory": _memory, "info": _info}
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: ptv2 {train,evaluate,predict,info} ...\n\n"
+        print("usage: ptv2 {train,evaluate,predict,memory,info} ...\n\n"
               "  train     train a prompt on a frozen backbone (ptv2 train --help: all flags)\n"
               "  evaluate  score an adapter on a file\n"
               "  predict   label texts with an adapter\n"
+              "  memory    peak memory of a training step, before it is run\n"
               "  info      versions, devices, and which backend runs for each op and why; info MODEL: its sizes")
         return 0
     if argv[0] == "--version":
@@ -122,6 +123,12 @@ def _render(rows: list[dict[str, Any]], form: str) -> str:
         table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
     Console(file=out, width=120).print(table)
     return out.getvalue()
+
+
+def _memory(argv: list[str]) -> None:
+    from ptv2_engine.cli_memory import run
+
+    run(argv)
 
 
 def _info(argv: list[str]) -> None:

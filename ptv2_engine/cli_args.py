@@ -28,7 +28,8 @@ ALIASES = {
     "depth": "prompt_layers",
     "backbone": "model_name_or_path",
 }
-SWITCHES = {"prefix": ("method", "deep"), "prompt": ("method", "shallow"), "prefix_projection": ("reparameterization", "mlp")}
+SWITCHES = {"prefix": ("method", "deep"), "prompt": ("method", "shallow"), "prefix_projection": ("reparameterization", "mlp"),
+            "stream_weights": ("stream_weights", "host")}
 # flags of the published scripts that have no effect here, and whether a value follows
 IGNORED = {"overwrite_output_dir", "overwrite_cache", "use_fast_tokenizer", "pad_to_max_length", "do_train", "use_auth_token",
            "cache_dir", "config_name"}
@@ -36,7 +37,7 @@ IGNORED = {"overwrite_output_dir", "overwrite_cache", "use_fast_tokenizer", "pad
 
 @dataclass
 class ModelArguments:
-    """The backbone."""
+    """The backbone, and how much memory it may take (ptv2 memory plans it)."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "hub id or local folder of the frozen backbone"})
     tokenizer_name: str | None = field(default=None, metadata={"help": "default: the backbone's"})
@@ -47,6 +48,15 @@ class ModelArguments:
     shift_positions: bool = field(default=True, metadata={"help": "tokens take the positions behind the prompt, as published"})
     hidden_dropout_prob: float | None = field(default=None, metadata={
         "help": "overwrites the backbone's hidden dropout, the prompt's and the head's, as the published flag does"})
+    memory: str = field(default="exact", metadata={
+        "help": "what layers keep for backward: exact, lean (8-bit and 6-bit codes, attention computed again) or minimal (layers "
+        "computed again)"})
+    frozen_dtype: str | None = field(default=None, metadata={"help": "bf16, int8, fp8 or nf4: how the layers' matrices are kept"})
+    stream_weights: str | None = field(default=None, metadata={
+        "help": "host (or nothing) or file: the layers' matrices stay there and visit the device when they are used"})
+    auto_batch: bool = field(default=False, metadata={
+        "help": "lower the micro-batch to what fits, and accumulate gradients so that the batch stays"})
+    plan_memory: bool = field(default=True, metadata={"help": "plan before training, and refuse what does not fit"})
 
 
 @dataclass

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptv2_engine.batches import PackedCollator
 from ptv2_engine.cli_train import SETTINGS, load_tokenizer, make_features
 from ptv2_engine.errors import DataError
 from ptv2_engine.model import PromptedModel
-from ptv2_engine.packing import IGNORE, PackedCollator
+from ptv2_engine.packing import IGNORE
 from ptv2_engine.tasks.cloze import describe_pattern
 from ptv2_engine.tasks.cloze_patterns import Blank
 from ptv2_engine.tasks.data import Table, read_table

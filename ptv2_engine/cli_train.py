@@ -143,6 +143,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     task = "cloze" if cloze else "token-classification" if labels.kind == "tags" else "sequence-classification"
     tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path, labels.kind == "tags")
     dtype = None if model_args.dtype is None else getattr(torch, model_args.dtype)
+    if args.bf16 and dtype is None:
+        dtype = torch.bfloat16                      # at once: cast later, the weights would be there twice for a moment
+    options: dict[str, Any] = {} if pattern is None else {"verbalizer_ids": verbalizer_ids(pattern, tokenizer) or None,
+                                                          "length_penalty": pattern.length_penalty}
     model = PromptedModel.from_pretrained(
         model_args.model_name_or_path,
         task=task,
@@ -154,8 +158,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
         shift_positions=model_args.shift_positions,
         problem_type="regression" if labels.kind == "values" else None,
         device=args.device,
-        **({} if pattern is None else {"verbalizer_ids": verbalizer_ids(pattern, tokenizer) or None,
-                                       "length_penalty": pattern.length_penalty}),
+        memory=model_args.memory,
+        frozen_dtype=model_args.frozen_dtype,
+        stream_weights=model_args.stream_weights,
+        **options,
     )
     if model_args.hidden_dropout_prob is not None:
         model.set_hidden_dropout(model_args.hidden_dropout_prob)
@@ -171,7 +177,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     trainer = Trainer(model, args, train_dataset=sets[0], eval_dataset=sets[1], processing_class=tokenizer,
                       preprocess_logits_for_metrics=_best_candidate if labels.kind == "candidates" else None,
                       compute_metrics=metrics_for(labels.kind, labels.names, benchmark.metrics if benchmark else ()),
-                      head_learning_rate=prompt_args.head_learning_rate, epoch_decay=epoch_decay)
+                      head_learning_rate=prompt_args.head_learning_rate, epoch_decay=epoch_decay,
+                      auto_batch=model_args.auto_batch, plan_memory=model_args.plan_memory)
     show_progress(trainer, data_args.dataset_name or Path(train_table.source).stem)
     model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

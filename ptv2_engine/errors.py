@@ -55,5 +55,9 @@ class BackendError(PTV2Error, RuntimeError):
     """No backend of an op takes the given tensors, or the one asked for does not; the message lists every reason."""
 
 
+class OutOfMemory(PTV2Error, MemoryError):
+    """A training step that does not fit into the memory there is."""
+
+
 class NonFiniteLoss(PTV2Error, ArithmeticError):
     """The loss became NaN or infinite; nothing was updated with it."""

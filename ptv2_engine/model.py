@@ -105,8 +105,8 @@ class PromptedModel(nn.Module):
             num_labels, id2label, or label2id (an option): the classes; default those of the checkpoint's config, as in
                 transformers.
             prompt: PromptConfig; default 20 rows in every layer. dtype: of the backbone, default the checkpoint's.
-            memory: what layers keep for backward, "exact", "lean" or "minimal" (encoder/layer.py). frozen_dtype: "int8", "fp8" or
-                "nf4" for the layers' matrices. stream_weights: "host" or "file", where those matrices stay (load_encoder).
+            memory: what layers keep for backward, "exact", "lean" or "minimal" (encoder/layer.py). frozen_dtype: "bf16", "int8",
+                "fp8" or "nf4" for the layers' matrices. stream_weights: "host" or "file", where those stay (load_encoder).
             options: label2id, pooler ("auto", "frozen", "trained"), problem_type, shift_positions, head_dropout; for cloze
                 verbalizer_ids (a token for each class) and length_penalty.
         Returns:

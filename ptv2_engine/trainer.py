@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import logging
 import math
 import resource
 import time
@@ -23,11 +24,21 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptv2_engine.adapter import TENSORS, fill, read_tensors
-from ptv2_engine.errors import ConfigError, DataError, NonFiniteLoss, OutputError
+from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler, split_inputs
+from ptv2_engine.errors import ConfigError, DataError, NonFiniteLoss, OutOfMemory, OutputError
 from ptv2_engine.model import PromptedModel
 from ptv2_engine.optim import parameter_groups
-from ptv2_engine.packing import PackedCollator, TokenBalancedBatchSampler
 from ptv2_engine.prompt import PromptConfig
+from ptv2_engine.trainer_memory import (
+    check_fits,
+    choose_micro_batch,
+    count_labels,
+    forget_step,
+    is_out_of_memory,
+    remember_gradients,
+)
+
+_log = logging.getLogger("ptv2_engine")
 
 
 class Trainer(transformers.Trainer):
@@ -39,12 +50,17 @@ class Trainer(transformers.Trainer):
         head_learning_rate: of the head, default the prompt's.
         epoch_decay: multiply the learning rate by this after every epoch instead of the linear decay (0.95 is the published
             setting for tagging and question answering).
+        plan_memory: plan the largest batch before training, and refuse one that does not fit.
+        auto_batch: lower per_device_train_batch_size to what fits and accumulate gradients over as many more micro-batches.
+    A step that runs out of memory all the same is redone in two halves, and so are the steps after it.
     Raises:
-        ConfigError, DataError (an empty data set), OutputError (an output folder that cannot be written), before training.
+        ConfigError, DataError (an empty data set), OutputError (an output folder that cannot be written), OutOfMemory, before
+        training.
     """
 
     def __init__(self, model: nn.Module, args: TrainingArguments | None = None, *, prompt: PromptConfig | None = None,
                  task: str | None = None, head_learning_rate: float | None = None, epoch_decay: float | None = None,
+                 plan_memory: bool = True, auto_batch: bool = False,
                  data_collator: Any = None, train_dataset: Any = None, eval_dataset: Any = None, **kwargs: Any) -> None:
         model = _wrapped(model, prompt, task)
         args = copy.copy(args or TrainingArguments("runs/ptv2"))
@@ -59,6 +75,13 @@ class Trainer(transformers.Trainer):
         self.packs = data_collator is None
         if data_collator is None:
             data_collator = PackedCollator(vocab_size=model.encoder.config.vocab_size, max_length=model.max_length())
+        stream = model.encoder.stream
+        if stream is not None and stream.device.type != args.device.type:
+            raise ConfigError(f"the model's weights are streamed to {stream.device}, but training runs on {args.device}; load "
+                              f"the model with device={str(args.device)!r}.")
+        self.plan_memory, self.pieces = plan_memory, 1
+        if auto_batch and train_dataset is not None and hasattr(train_dataset, "__len__"):
+            choose_micro_batch(model, args, _lengths(train_dataset))
         args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
         if args.label_names is None:
             args.label_names = ["labels"]
@@ -81,6 +104,48 @@ class Trainer(transformers.Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0)
         return self.accelerator.prepare(loader)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.plan_memory and (worst := self._largest_batch()):
+            check_fits(self.accelerator.unwrap_model(self.model), worst, self.args.device)
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _largest_batch(self) -> list[int]:
+        """The lengths in the first epoch's batch of most tokens; empty where the data set does not say them."""
+        dataset = self.train_dataset
+        if not self.packs or dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            return []
+        lengths = _lengths(dataset)
+        sampler = TokenBalancedBatchSampler(lengths, self.args.per_device_train_batch_size,
+                                            seed=self.args.data_seed or self.args.seed)
+        return max(([lengths[i] for i in batch] for batch in sampler), key=sum, default=[])
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """transformers' step; where memory runs out, the same step in smaller pieces, and nothing of the failed one is kept."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        before, tokens = remember_gradients(parameters), self.tokens_seen
+        while True:
+            try:
+                return self._step_in_pieces(model, inputs, num_items_in_batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.accelerator.num_processes > 1:
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            forget_step(parameters, before)
+            before, self.tokens_seen = remember_gradients(parameters), tokens
+            if len(split_inputs(inputs, 2 * self.pieces)) <= self.pieces:
+                raise OutOfMemory(f"not even one sequence fits into memory at step {self.state.global_step + 1} ({reason}); use "
+                                  "--memory minimal, --frozen_dtype int8, --stream_weights host, or shorter sequences.")
+            self.pieces *= 2
+            _log.warning("step %d ran out of memory and is done again in %d pieces", self.state.global_step + 1, self.pieces)
+
+    def _step_in_pieces(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+        if self.pieces == 1:
+            return super().training_step(model, dict(inputs), num_items)
+        if num_items is None:             # then transformers divides each step's mean by the number of accumulated steps
+            num_items = count_labels(inputs) * self.current_gradient_accumulation_steps
+        parts = split_inputs(inputs, self.pieces)
+        return torch.stack([super(Trainer, self).training_step(model, part, num_items) for part in parts]).sum()
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """transformers' optimizer of args.optim (default: torch's fused AdamW) over prompt and head only."""

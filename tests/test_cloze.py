@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from ptv2_engine import PromptConfig, PromptedModel
+from ptv2_engine.batches import PackedCollator
 from ptv2_engine.errors import ConfigError, InputError
 from ptv2_engine.ops.lm_head import reference, vocabulary_log_prob
-from ptv2_engine.packing import PackedCollator
 from ptv2_engine.testing import tiny_model
 from tests.encoder.plain_glm import PlainGLM, causal_from
 

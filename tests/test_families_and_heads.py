@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from ptv2_engine import PromptConfig, PromptedModel, Trainer
 from ptv2_engine.adapter import TENSORS, read_tensors
-from ptv2_engine.packing import PackedCollator
+from ptv2_engine.batches import PackedCollator
 from ptv2_engine.testing import tiny_model
 from tests.encoder.plain_glm import PlainGLM
 from tests.test_cloze import example

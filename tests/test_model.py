@@ -12,9 +12,9 @@ import transformers
 from peft import PrefixTuningConfig, get_peft_model
 
 from ptv2_engine import PromptConfig, PromptedModel
+from ptv2_engine.batches import PackedCollator
 from ptv2_engine.errors import ConfigError, InputError, LabelError, SequenceTooLong
 from ptv2_engine.optim import adamw, state_bytes
-from ptv2_engine.packing import PackedCollator
 from ptv2_engine.testing import assert_error_within, padded_batch, tiny_model, with_prefix
 
 TASKS = {"sequence-classification": ("SequenceClassification", "SEQ_CLS"),
@@ -342,5 +342,7 @@ def test_the_stock_trainer_takes_it_and_accumulation_equals_one_large_batch(accu
     assert all(torch.equal(a, b) for a, b in zip(ours.encoder.parameters(), reference.encoder.parameters(), strict=True))
     assert trainer.evaluate()["eval_loss"] > 0
     assert trainer.predict(Examples()).predictions.shape == (8, 4, 3)
-    with pytest.raises(ConfigError, match="gradient_checkpointing=True is not there yet"):
-        ours.gradient_checkpointing_enable()
+    ours.gradient_checkpointing_enable()                # transformers' switch: layers are computed again, the prefix trains
+    assert ours.encoder.memory == "minimal"
+    ours.gradient_checkpointing_disable()
+    assert ours.encoder.memory == "exact"

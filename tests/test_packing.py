@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler
 from ptv2_engine.errors import DataError, InputError
-from ptv2_engine.packing import IGNORE, PackedCollator, TokenBalancedBatchSampler, from_packed, pack, unpack
+from ptv2_engine.packing import IGNORE, from_packed, pack, unpack
 
 masks = st.integers(1, 5).flatmap(lambda B: st.integers(1, 9).flatmap(
     lambda S: st.lists(st.lists(st.sampled_from([0, 1]), min_size=S, max_size=S), min_size=B, max_size=B)))

@@ -6,6 +6,7 @@ that layer only the prefix gradient is computed. No flag says so; it follows fro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ptv2_engine.encoder.config import EncoderConfig
 from ptv2_engine.encoder.embeddings import Embeddings, insert_rows
 from ptv2_engine.encoder.layer import MEMORY, SITES, EncoderLayer, Normed, Prefix, Step, frozen_linear_of
-from ptv2_engine.encoder.streaming import WeightStream
+from ptv2_engine.encoder.streaming import HostBlocks, WeightStream
 from ptv2_engine.errors import ConfigError, InputError
 from ptv2_engine.ops import FrozenLinear, readable
 from ptv2_engine.packing import PackedBatch, from_packed
@@ -35,6 +36,7 @@ class Encoder(nn.Module):
         self.hidden_dropout = config.hidden_dropout
         self.attention_dropout = config.attention_dropout
         self.memory = "exact"
+        self.frozen_dtype: str | None = None            # how the layers' matrices are kept, if not in the compute dtype
         self.stream: WeightStream | None = None         # where the layers' matrices come from, if they are not here
 
     @classmethod
@@ -61,6 +63,20 @@ class Encoder(nn.Module):
     def packed_bytes(self) -> int:
         """Bytes of weights packed for oneDNN, beside the plain ones."""
         return sum(m.packed_bytes() for m in self.modules() if isinstance(m, FrozenLinear))
+
+    def tensors_held(self) -> Iterator[Tensor]:
+        """Every tensor of the backbone that stays on the device from step to step, packed copies and codes too."""
+        for module in self.modules():
+            yield from (t.detach() for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+            if isinstance(module, FrozenLinear):
+                yield from module.copies()
+        if self.stream is not None:
+            yield from (slot.block for slot in self.stream.slots)
+
+    def tensors_on_host(self) -> Iterator[Tensor]:
+        """The blocks of weights that are streamed from host memory."""
+        if self.stream is not None and isinstance(self.stream.blocks, HostBlocks):
+            yield from self.stream.blocks.blocks
 
     def set_memory(self, policy: str) -> None:
         """What layers keep for backward: "exact", "lean" or "minimal" (see layer.py). Raises ConfigError for other names."""

@@ -24,10 +24,12 @@ from ptv2_engine.encoder.sources import Source
 from ptv2_engine.encoder.stack import Encoder
 from ptv2_engine.encoder.streaming import FileBlocks, HostBlocks, layout_of, matrices, start_stream
 from ptv2_engine.errors import ConfigError, WeightError
-from ptv2_engine.ops import KINDS, FrozenLinear, quantise
+from ptv2_engine.ops import KINDS, FrozenLinear, Quantised, quantise
+from ptv2_engine.ops.frozen_linear import PLAIN
 
 FAMILIES = {model_type: family for family in (bert, roberta, electra, deberta, deberta_v2, glm, modernbert)
             for model_type in family.MODEL_TYPES}
+FROZEN_DTYPES = ("bf16", *KINDS)
 _HASH_SAMPLES = 256
 
 
@@ -144,8 +146,8 @@ def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = 
         source: hub id, local folder, or a transformers model in memory (bare or with any head).
         dtype: of the weights and of the computation; None keeps the checkpoint's float32 or bfloat16 and widens anything else to
             float32.
-        frozen_dtype: "int8", "fp8" or "nf4" keeps the layers' matrices in these codes, each encoded as soon as it is read: memory
-            peaks at the small model and one matrix. None: dtype.
+        frozen_dtype: "int8", "fp8" or "nf4" keeps the layers' matrices in these codes, "bf16" in bfloat16 beside a wider dtype;
+            each is encoded as soon as it is read: memory peaks at the small model and one matrix. None: dtype.
         stream_weights: "host": the layers' matrices stay in host memory and visit the device when they are used. "file": they
             stay in the checkpoint's memory-mapped files, which then must stay in place. None: on the device.
     Raises:
@@ -207,9 +209,9 @@ def random_encoder(config: Mapping[str, Any], *, dtype: torch.dtype = torch.floa
 
 def check_placement(frozen_dtype: str | None, stream_weights: str | None) -> None:
     """Raises ConfigError for kinds of weights that do not exist or exclude each other."""
-    if frozen_dtype not in (None, *KINDS):
-        raise ConfigError(f"frozen_dtype {frozen_dtype!r} does not exist; choose one of {', '.join(KINDS)}, or leave it out and "
-                          "set dtype.")
+    if frozen_dtype not in (None, *FROZEN_DTYPES):
+        raise ConfigError(f"frozen_dtype {frozen_dtype!r} does not exist; choose one of {', '.join(FROZEN_DTYPES)}, or leave it "
+                          "out and set dtype.")
     if stream_weights not in (None, "host", "file"):
         raise ConfigError(f"stream_weights {stream_weights!r} does not exist; choose 'host' or 'file', or leave it out.")
     if stream_weights == "file" and frozen_dtype is not None:
@@ -237,15 +239,26 @@ def fill(encoder: Encoder, names: Iterable[str], value: Callable[[str, torch.Siz
             owner: Any
             owner, leaf = _owner(encoder, name)
             tensor = value(name, getattr(owner, leaf).shape)
-            if frozen_dtype is not None and name in small:
-                owner.hold(quantise(tensor, frozen_dtype))
+            if name in small and frozen_dtype not in (None, _SHORT.get(tensor.dtype)):
+                assert frozen_dtype is not None
+                owner.hold(_encoded(tensor, frozen_dtype))
             else:
                 setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
         if host is not None and index >= 0:
             host.add(encoder.layers[index])
     if host is not None:
         encoder.stream = start_stream(host, device)
+    encoder.frozen_dtype = frozen_dtype
     encoder.finish_loading()
+
+
+_SHORT = {torch.bfloat16: "bf16"}
+
+
+def _encoded(weight_OI: Tensor, frozen_dtype: str) -> Quantised:
+    if frozen_dtype != "bf16":
+        return quantise(weight_OI, frozen_dtype)
+    return Quantised(PLAIN, weight_OI.bfloat16(), weight_OI.new_empty(0), (weight_OI.shape[0], weight_OI.shape[1]))
 
 
 def fingerprints(checkpoint: Checkpoint) -> tuple[str, str]:

@@ -111,7 +111,7 @@ def check(case: Case, package: str = KERNELS) -> None:
     assert torch.isfinite(lse).all()
     found = [out, grads[0], *([g.to(case.dtype) for g in grads[1:]] if case.P else [])]
     for name, mine, right, low in zip(("out", "dqkv", "dprefix_k", "dprefix_v"), found, truth, stock, strict=False):
-        assert_error_within(f"{name} {case}", mine, right, low, TIMES, 1.0 if case.dtype == fp32 else 4.0)
+        assert_error_within(f"{name} {case}", mine, right, low, TIMES, 2.0 if case.dtype == fp32 else 4.0)
     only_prefix, only_tokens = run(case, given, package, need_tokens=False), run(case, given, package, need_prefix=False)
     assert only_prefix[2].numel() == 0 and only_tokens[3].numel() == 0
     assert_same("dqkv when the prefix gradient is not asked for", only_tokens[2], grads[0])

@@ -1,0 +1,153 @@
+"""Examples -> packed batches for a Trainer: the collator, the sampler that balances tokens, and cutting a batch into pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from ptv2_engine.errors import DataError, InputError
+from ptv2_engine.packing import IGNORE
+
+
+class PackedCollator:
+    """Features of tokenised examples -> one packed batch, as a dictionary that PromptedModel.forward takes.
+
+    Each feature holds input_ids (a list, not padded) and optionally token_type_ids, label / labels / label_ids (a number,
+    or a list for token classification), prompt_ids (the example's prompt in a bank) and for cloze causal_from, position_ids (two
+    lists), candidate_ids and target_ids. The result holds
+    seq_lengths [B] first (transformers takes the batch size from the first tensor), input_ids [T], max_seqlen, and labels
+    [B], or [B, S] filled with -100.
+
+    `vocab_size` and `max_length` make the ids and lengths be checked here, on the host, so that a GPU step need not.
+    """
+
+    def __init__(self, *, vocab_size: int | None = None, max_length: int | None = None) -> None:
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        ids = [list(feature["input_ids"]) for feature in features]
+        lengths = [len(i) for i in ids]
+        batch: dict[str, Any] = {"seq_lengths": torch.tensor(lengths),
+                                 "input_ids": torch.tensor([i for row in ids for i in row], dtype=torch.long),
+                                 "max_seqlen": max(lengths, default=0)}
+        self._check(batch)
+        if features and "token_type_ids" in features[0]:
+            batch["token_type_ids"] = torch.tensor([t for f in features for t in f["token_type_ids"]], dtype=torch.long)
+        if features and "prompt_ids" in features[0]:
+            batch["prompt_ids"] = torch.tensor([int(f["prompt_ids"]) for f in features])
+        if features and "position_ids" in features[0]:
+            batch["position_ids"] = torch.tensor([[p for f in features for p in f["position_ids"][i]] for i in range(2)])
+        if features and "causal_from" in features[0]:
+            batch["causal_from"] = torch.tensor([int(f["causal_from"]) for f in features])
+        for key in ("candidate_ids", "target_ids"):
+            if features and key in features[0]:
+                batch[key] = torch.tensor([t for f in features for t in f[key]], dtype=torch.long)
+        name = next((n for n in ("labels", "label", "label_ids") if features and n in features[0]), None)
+        if name is not None:
+            batch["labels"] = _labels([f[name] for f in features], batch["max_seqlen"])
+        return batch
+
+    def _check(self, batch: dict[str, Any]) -> None:
+        ids, longest = batch["input_ids"], batch["max_seqlen"]
+        if self.max_length is not None and longest > self.max_length:
+            raise InputError(f"an example has {longest} tokens, but the model takes {self.max_length} beside its prompt; "
+                             f"truncate to {self.max_length} (--max_seq_length {self.max_length}).")
+        if self.vocab_size is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise InputError(f"token id {int(ids.max()) if int(ids.max()) >= self.vocab_size else int(ids.min())} is outside the "
+                             f"vocabulary of {self.vocab_size}; use the tokenizer that belongs to the backbone.")
+
+
+def _labels(values: list[Any], longest: int) -> Tensor:
+    values = [v.tolist() if isinstance(v, Tensor) else v for v in values]
+    if values and isinstance(values[0], (list, tuple)):
+        return torch.tensor([list(v) + [IGNORE] * (longest - len(v)) for v in values])
+    return torch.tensor(values)
+
+
+_OF_TOKENS = ("input_ids", "token_type_ids", "candidate_ids", "target_ids", "position_ids")     # in a packed batch
+
+
+def split_inputs(inputs: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]:
+    """A model's keyword arguments, cut by sequences into up to `pieces` batches of about equal size; together they are the batch.
+
+    inputs: packed (PackedCollator's) or padded. Every tensor but those of the tokens has the sequences in its first dimension.
+    """
+    packed = inputs.get("seq_lengths") is not None
+    count = inputs["seq_lengths" if packed else "input_ids"].shape[0]
+    pieces = max(1, min(pieces, count))
+    ends = [count * i // pieces for i in range(pieces + 1)]
+    offsets = [0, *inputs["seq_lengths"].cumsum(0).tolist()] if packed else ends
+
+    def part(name: str, value: Any, first: int, last: int) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return value
+        if packed and name in _OF_TOKENS:
+            return value[..., offsets[first]:offsets[last]]
+        return value[first:last]
+
+    return [{name: part(name, value, first, last) for name, value in inputs.items()}
+            for first, last in zip(ends[:-1], ends[1:], strict=True)]
+
+
+class TokenBalancedBatchSampler(Sampler[list[int]]):
+    """Batches of exactly `batch_size` examples in random order whose token counts are nearly equal.
+
+    Packed batches waste nothing on padding whatever their composition, so there is no reason to group by length; but a
+    step's time and memory follow its token count. Examples are shuffled, cut into mega-batches, and dealt inside each one
+    longest first to the batch with the fewest tokens so far. Every epoch visits each example once; batch statistics stay
+    those of random sampling to the size of a mega-batch.
+
+    Arguments:
+        lengths: tokens of each example. batch_size: examples in a batch. shuffle: False keeps the given order, unbalanced.
+        mega: most batches in a mega-batch. drop_last: leave out an incomplete last batch. set_epoch(e) seeds an epoch's order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, shuffle: bool = True, seed: int = 0, mega: int = 16,
+                 drop_last: bool = False) -> None:
+        if batch_size < 1:
+            raise DataError(f"batch size {batch_size} is below 1; pass --per_device_train_batch_size 1 or more.")
+        self.lengths, self.batch_size, self.shuffle, self.seed = list(lengths), batch_size, shuffle, seed
+        self.mega, self.drop_last, self.epoch = mega, drop_last, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @property
+    def sampler(self) -> TokenBalancedBatchSampler:
+        """Itself: where accelerate, over several processes, looks for set_epoch."""
+        return self
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.lengths), self.batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if not self.shuffle:
+            order = list(range(len(self.lengths)))
+            yield from (order[i:i + self.batch_size] for i in range(0, len(self) * self.batch_size, self.batch_size))
+            return
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        full = len(order) // self.batch_size * self.batch_size
+        # at least four mega-batches, so that a small data set is not dealt into the same batches every epoch
+        step = self.batch_size * max(1, min(self.mega, full // self.batch_size // 4))
+        for start in range(0, full, step):
+            dealt = self._deal(order[start:min(start + step, full)])
+            yield from (dealt[i] for i in torch.randperm(len(dealt), generator=generator).tolist())
+        if full < len(order) and not self.drop_last:
+            yield order[full:]
+
+    def _deal(self, examples: list[int]) -> list[list[int]]:
+        batches: list[list[int]] = [[] for _ in range(len(examples) // self.batch_size)]
+        tokens = [0] * len(batches)
+        for example in sorted(examples, key=lambda i: -self.lengths[i]):
+            open_batches = [b for b in range(len(batches)) if len(batches[b]) < self.batch_size]
+            lightest = min(open_batches, key=lambda b: tokens[b])
+            batches[lightest].append(example)
+            tokens[lightest] += self.lengths[example]
+        return batches

@@ -1,0 +1,181 @@
+"""The planner: how much a training step takes, without the device, the weights, or a second set of formulas.
+
+A Planner builds the model on fake tensors (sizes without memory), runs a training step of the engine's own code on them, and
+counts what is alive at the worst moment (tracker.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ptv2_engine.encoder.weights import random_encoder
+from ptv2_engine.memory.setup import DTYPES, Setup, title_of
+from ptv2_engine.memory.tracker import (
+    BATCH,
+    HOST,
+    OPTIMIZER,
+    PROMPTS,
+    WEIGHTS,
+    MemoryTracker,
+    Peak,
+    mark_gradients,
+)
+from ptv2_engine.model import PromptedModel
+from ptv2_engine.ops import planned_for
+from ptv2_engine.optim import adamw
+
+# What a process takes beside its tensors on CUDA: the driver's context with torch's and Triton's kernels, and cuBLAS's workspace
+# (32 MiB on Hopper and later, from torch's allocator, so that max_memory_allocated holds it). The context differs by driver: it
+# is a typical value, measured by nobody here, and no part of the predicted peak.
+CUDA_CONTEXT, CUBLAS_WORKSPACE = 500 << 20, 32 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes at the worst moment of a step, by part. Apart from that: what each layer keeps from forward to backward, and the host
+    memory of streamed weights (on the CPU they are a part)."""
+
+    title: str
+    parts: dict[str, int]
+    saved_by_layer: list[int]
+    host: int
+    tokens: int
+    saved_per_token_and_layer: float       # in units of H bytes, of a layer in the middle
+
+    @property
+    def peak(self) -> int:
+        """What the device's allocator has handed out at the worst moment."""
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"peak": self.peak}
+
+
+class Workload:
+    """A model, and batches and steps for it: real, or fake inside a Planner."""
+
+    def __init__(self, setup: Setup, device: torch.device) -> None:
+        self.setup, self.device = setup, device
+        encoder, origin = random_encoder(setup.config(), dtype=DTYPES[setup.dtype], device=device,
+                                         frozen_dtype=setup.frozen_dtype, stream_weights="host" if setup.stream_weights else None)
+        cloze: dict[str, Any] = {"verbalizer_ids": list(range(setup.num_labels))} if setup.task == "cloze" else {}
+        prompt = replace(setup.prompt, init="normal")           # the values do not matter
+        self.model = PromptedModel(encoder, origin, prompt, task=setup.task, num_labels=setup.num_labels, pooler=setup.pooler,
+                                   shift_positions=setup.shift_positions, **cloze).train()
+        self.model.encoder.set_memory(setup.memory)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = adamw(self.model, 1e-3)
+        self.tracker: MemoryTracker | None = None
+
+    def turn_to(self, setup: Setup) -> None:
+        """Another setup of the same model: its batch and its memory policy."""
+        self.setup = setup
+        self.model.encoder.set_memory(setup.memory)
+
+    def batch(self) -> dict[str, Any]:
+        lengths = self.setup.sequences()
+        B, S, T = len(lengths), max(lengths), sum(lengths)
+        where: dict[str, Any] = {"dtype": torch.long, "device": self.device}
+        shape: tuple[int, ...] = (B, S) if self.setup.task == "token-classification" else (B,)
+        made = {"input_ids": torch.full((T,), 5, **where), "seq_lengths": torch.tensor(lengths, **where), "max_seqlen": S,
+                "labels": torch.zeros(shape, **where)}
+        if self.setup.task == "cloze":
+            made["causal_from"] = torch.full((B,), max(min(lengths) - 1, 0), **where)
+            made["position_ids"] = torch.zeros(2, T, **where)
+        return made
+
+    def step(self, batch: dict[str, Any], after_forward: Callable[[], None] = lambda: None) -> None:
+        """Forward, backward, clipping, AdamW: one step as the Trainer makes it."""
+        loss = self.model(**batch).loss
+        after_forward()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def mark(self, tracker: MemoryTracker) -> None:
+        tracker.mark(self.model.encoder.tensors_held(), WEIGHTS)
+        tracker.mark(self.model.encoder.tensors_on_host(), HOST)
+        trained = [part for part in (self.model.prompt, self.model.head) if part is not None]
+        tracker.mark((t.detach() for part in trained for t in (*part.parameters(), *part.buffers())), PROMPTS)
+        tracker.mark((t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)), OPTIMIZER)
+
+    def label_layers(self) -> None:
+        """Have the tracker told which layer is at work, from the moment of its attention."""
+        layers: Any = self.model.encoder.layers
+        for i, layer in enumerate(layers):
+            def attend(*args: Any, at: int = i, run: Callable[..., Tensor] = layer.attend, **kwargs: Any) -> Tensor:
+                if self.tracker is not None:
+                    self.tracker.label = str(at)
+                return run(*args, **kwargs)
+
+            layer.attend = attend
+
+
+def track(workload: Any, tracker: MemoryTracker, steps: int = 1) -> Peak:
+    """Run steps and return the peak of the last. The first step of a workload makes optimizer state and packed weights."""
+    workload.mark(tracker)
+    hooks = mark_gradients(tracker, workload.parameters)
+    try:
+        for _ in range(steps):
+            tracker.label = ""
+            batch = workload.batch()
+            tracker.mark((t for t in batch.values() if isinstance(t, Tensor)), BATCH)
+            tracker.start()
+            workload.step(batch, tracker.forward_is_over)
+            workload.mark(tracker)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tracker.peak
+
+
+class Planner:
+    """Makes plans, and keeps the fake models: plans that differ in batch and memory policy share one."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode()
+        self.workloads: list[tuple[Setup, Workload]] = []
+
+    def plan(self, setup: Setup) -> Plan:
+        """Predict the peak memory of a training step. Raises ConfigError, SequenceTooLong, WeightError."""
+        setup.check()
+        tracker = MemoryTracker(512 if setup.device == "cuda" else 64)
+        with self.mode, planned_for(setup.device):
+            workload = self._workload(setup)
+            workload.turn_to(setup)
+            workload.tracker = tracker
+            with tracker:
+                peak = track(workload, tracker)
+                host = tracker.totals.get(HOST, 0) if setup.stream_weights == "host" else 0
+            workload.tracker = None
+        parts = {name: size for name, size in peak.parts.items() if size and name != HOST}
+        if setup.device == "cpu" and host:                # the device's memory is the host's
+            parts[HOST], host = host, 0
+        if setup.device == "cuda":
+            parts["workspaces"] = parts.get("workspaces", 0) + CUBLAS_WORKSPACE
+        config, tokens = workload.model.encoder.config, sum(setup.sequences())
+        saved = [tracker.after_forward.get(str(i), 0) for i in range(config.num_layers)]
+        return Plan(title_of(setup), parts, saved, host, tokens, saved[config.num_layers // 2] / tokens / config.hidden_size)
+
+    def _workload(self, setup: Setup) -> Workload:
+        """A workload of this model that has made one step."""
+        key = replace(setup, memory="exact", batch_size=1, seq_len=1, lengths=None)
+        found = next((workload for known, workload in self.workloads if known == key), None)
+        if found is None:
+            found = Workload(key, torch.device("cpu"))
+            found.step(found.batch())
+            found.label_layers()
+            self.workloads.append((key, found))
+        return found
+
+
+def plan(setup: Setup) -> Plan:
+    """One plan by a Planner of its own."""
+    return Planner().plan(setup)
