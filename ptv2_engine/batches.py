@@ -90,7 +90,8 @@ def split_inputs(inputs: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]
             return value[..., offsets[first]:offsets[last]]
         return value[first:last]
 
-    return [{name: part(name, value, first, last) for name, value in inputs.items()}
+    shared = ("seed",)                          # one for the batch, though it looks like one for the first sequence
+    return [{name: value if name in shared else part(name, value, first, last) for name, value in inputs.items()}
             for first, last in zip(ends[:-1], ends[1:], strict=True)]
 
 
@@ -105,14 +106,16 @@ class TokenBalancedBatchSampler(Sampler[list[int]]):
     Arguments:
         lengths: tokens of each example. batch_size: examples in a batch. shuffle: False keeps the given order, unbalanced.
         mega: most batches in a mega-batch. drop_last: leave out an incomplete last batch. set_epoch(e) seeds an epoch's order.
+        pieces: a divisor of batch_size; each batch comes as that many micro-batches of batch_size / pieces examples. Which
+        examples make a batch does not depend on it.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, *, shuffle: bool = True, seed: int = 0, mega: int = 16,
-                 drop_last: bool = False) -> None:
+                 drop_last: bool = False, pieces: int = 1) -> None:
         if batch_size < 1:
             raise DataError(f"batch size {batch_size} is below 1; pass --per_device_train_batch_size 1 or more.")
         self.lengths, self.batch_size, self.shuffle, self.seed = list(lengths), batch_size, shuffle, seed
-        self.mega, self.drop_last, self.epoch = mega, drop_last, 0
+        self.mega, self.drop_last, self.epoch, self.pieces = mega, drop_last, 0, pieces
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -124,22 +127,31 @@ class TokenBalancedBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.batch_size)
-        return full + (1 if rest and not self.drop_last else 0)
+        return full * self.pieces + (self._pieces_of(rest) if rest and not self.drop_last else 0)
+
+    def _pieces_of(self, count: int) -> int:
+        return -(-count * self.pieces // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._batches():
+            pieces = self._pieces_of(len(batch))
+            yield from (batch[i::pieces] for i in range(pieces))            # dealt longest first: every piece gets its share
+
+    def _batches(self) -> Iterator[list[int]]:
+        count = len(self.lengths)
         if not self.shuffle:
-            order = list(range(len(self.lengths)))
-            yield from (order[i:i + self.batch_size] for i in range(0, len(self) * self.batch_size, self.batch_size))
+            last = count // self.batch_size * self.batch_size if self.drop_last else count
+            yield from (list(range(i, min(i + self.batch_size, count))) for i in range(0, last, self.batch_size))
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        full = len(order) // self.batch_size * self.batch_size
+        order = torch.randperm(count, generator=generator).tolist()
+        full = count // self.batch_size * self.batch_size
         # at least four mega-batches, so that a small data set is not dealt into the same batches every epoch
         step = self.batch_size * max(1, min(self.mega, full // self.batch_size // 4))
         for start in range(0, full, step):
             dealt = self._deal(order[start:min(start + step, full)])
             yield from (dealt[i] for i in torch.randperm(len(dealt), generator=generator).tolist())
-        if full < len(order) and not self.drop_last:
+        if full < count and not self.drop_last:
             yield order[full:]
 
     def _deal(self, examples: list[int]) -> list[list[int]]:

@@ -67,6 +67,9 @@ def _adapter_parser(name: str, text: str) -> argparse.ArgumentParser:
     parser.add_argument("--max_seq_length", type=int, help="default: that of the training run")
     parser.add_argument("--device", default=None, help="default: cuda when there is one, else cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None)
+    parser.add_argument("--frozen_dtype", choices=["bf16", "int8", "fp8", "nf4"], default=None, help="of the layers' matrices")
+    parser.add_argument("--stream_weights", nargs="?", const="host", choices=["host", "file"], default=None,
+                        help="where the layers' matrices stay")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -68,6 +69,9 @@ def model_of(args: argparse.Namespace) -> str | dict[str, Any]:
                               "sizes; leave it out.")
         return args.model
     if args.family == "glm":
+        if "ffn_size" in sizes:
+            raise ConfigError(f"--ffn-size {sizes['ffn_size']} does not fit --family glm, whose FFN is 4 times the hidden size; "
+                              "leave it out.")
         default = {"layers": 48, "hidden_size": 4096, "heads": 64, "vocab_size": 50304, "positions": 1024} | sizes
         return glm_config(*(default[name] for name in ("layers", "hidden_size", "heads", "vocab_size", "positions")))
     from transformers import AutoConfig
@@ -160,4 +164,7 @@ def _folder(output: str | None) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"--output {folder} cannot be made ({error.strerror}); choose another folder.") from error
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--output draws a picture, but matplotlib is not installed; pip install 'ptv2_engine[train]', or leave "
+                          "--output out.")
     return folder

@@ -37,7 +37,8 @@ class Predictor:
         folder = Path(args.adapter)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
-        model = PromptedModel.from_adapter(folder, backbone=args.backbone, dtype=dtype, device=device)
+        model = PromptedModel.from_adapter(folder, backbone=args.backbone, dtype=dtype, device=device,
+                                           frozen_dtype=args.frozen_dtype, stream_weights=args.stream_weights)
         settings = _settings(folder, model)
         if args.text_columns:
             settings["text_columns"] = args.text_columns

@@ -14,8 +14,10 @@ from ptv2_engine.adapter import replace_file
 from ptv2_engine.cli_args import DataArguments, ModelArguments, PromptArguments
 from ptv2_engine.encoder.checkpoints import model_config
 from ptv2_engine.errors import ConfigError, DataError
+from ptv2_engine.memory import Setup
 from ptv2_engine.model import PromptedModel
 from ptv2_engine.progress import show_progress
+from ptv2_engine.prompt import PromptConfig
 from ptv2_engine.tasks.benchmarks import Benchmark, find_benchmark, load_benchmark, text_columns_of
 from ptv2_engine.tasks.cloze import cloze_rows, describe_pattern, verbalizer_ids
 from ptv2_engine.tasks.cloze_patterns import Pattern
@@ -24,6 +26,7 @@ from ptv2_engine.tasks.features import Labels, encode_sequences, encode_tokens
 from ptv2_engine.tasks.glm_tokenizer import load_glm_tokenizer
 from ptv2_engine.tasks.metrics import metrics_for
 from ptv2_engine.trainer import Trainer, check_writable
+from ptv2_engine.trainer_memory import check_model_fits
 
 SETTINGS = "ptv2_data.json"      # how text becomes features, beside the adapter, for evaluate and predict
 _LABEL_COLUMNS = ("label", "labels", "tags", "ner_tags")
@@ -116,6 +119,17 @@ def _best_candidate(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor
     return logits.argmax(-1)
 
 
+def _setup(model_args: ModelArguments, prompt: PromptConfig, task: str, num_labels: int, dtype: torch.dtype | None,
+           device: torch.device) -> Setup:
+    """What the planner needs to know of a model that is not loaded yet."""
+    assert model_args.model_name_or_path is not None
+    config = model_config(model_args.model_name_or_path)
+    own = "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float32"
+    return Setup(config, prompt=prompt, task=task, num_labels=num_labels, memory=model_args.memory,
+                 dtype=own if dtype is None else str(dtype).removeprefix("torch."), frozen_dtype=model_args.frozen_dtype,
+                 stream_weights=model_args.stream_weights, device=device.type)
+
+
 def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: PromptArguments,
           args: TrainingArguments) -> dict[str, Any]:
     """Train, save the adapter with its tokenizer and settings, and return the results that are also written."""
@@ -147,6 +161,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
         dtype = torch.bfloat16                      # at once: cast later, the weights would be there twice for a moment
     options: dict[str, Any] = {} if pattern is None else {"verbalizer_ids": verbalizer_ids(pattern, tokenizer) or None,
                                                           "length_penalty": pattern.length_penalty}
+    if model_args.plan_memory and (args.device.type == "cuda" or model_args.stream_weights):
+        check_model_fits(_setup(model_args, prompt, task, labels.num_labels, dtype, args.device), args.device)
     model = PromptedModel.from_pretrained(
         model_args.model_name_or_path,
         task=task,

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ptv2_engine.cloze import ClozeHead
 from ptv2_engine.encoder import Encoder, Origin, load_encoder
-from ptv2_engine.errors import ConfigError, InputError
+from ptv2_engine.errors import ConfigError, InputError, OutOfMemory
 from ptv2_engine.heads import SequenceClassificationHead, TokenClassificationHead, classification_loss
+from ptv2_engine.hf_config import head_dropout_of, label_names, transformers_config
 from ptv2_engine.ops import readable
 from ptv2_engine.packing import PackedBatch, from_packed, pack, unpack, with_parts
 from ptv2_engine.prompt import PromptBank, PromptConfig
@@ -43,7 +44,7 @@ class PromptedModel(nn.Module):
         if task == "cloze":
             _check_cloze(encoder, prompt, verbalizer_ids, num_labels, id2label)
             num_labels = len(verbalizer_ids) if verbalizer_ids and id2label is None and label2id is None else num_labels
-        self.id2label = _labels(origin.config, num_labels, id2label, label2id)
+        self.id2label = label_names(origin.config, num_labels, id2label, label2id)
         num_labels = len(self.id2label)
         prompt = replace(prompt)      # a copy: the caller may build several models from one PromptConfig
         self.encoder, self.origin, self.prompt_config = encoder, origin, prompt
@@ -53,7 +54,7 @@ class PromptedModel(nn.Module):
         self.prompt = None if prompt.method == "none" else PromptBank(prompt, encoder.config)
         self.pooler_kind = self._pooler_kind(pooler)
         self.head = self._make_head(head_dropout, verbalizer_ids, length_penalty)
-        self.config = _transformers_config(origin.config, self.id2label, problem_type)
+        self.config = transformers_config(origin.config, self.id2label, problem_type)
         if self.prompt is not None:
             self._initialise(prompt)
         for part in (self.prompt, self.head):       # not the encoder: it is in its place, or streams from the host
@@ -65,7 +66,7 @@ class PromptedModel(nn.Module):
         config = self.encoder.config
         if self.task == "cloze":
             return ClozeHead(config.vocab_size, verbalizer_ids, length_penalty)
-        dropout = _head_dropout(self.origin.config, self.encoder) if head_dropout is None else head_dropout
+        dropout = head_dropout_of(self.origin.config, config.hidden_dropout) if head_dropout is None else head_dropout
         size, std = config.hidden_size, config.initializer_range
         if self.task == "token-classification":
             return TokenClassificationHead(size, self.num_labels, dropout, std)
@@ -112,10 +113,15 @@ class PromptedModel(nn.Module):
         Returns:
             The model in evaluation mode, as in transformers: call train() before a loop of your own.
         Raises:
-            ConfigError, WeightError, CheckpointError.
+            ConfigError, WeightError, CheckpointError, OutOfMemory.
         """
-        encoder, origin = load_encoder(source, dtype=dtype, device=device, frozen_dtype=frozen_dtype,
-                                       stream_weights=stream_weights)
+        try:
+            encoder, origin = load_encoder(source, dtype=dtype, device=device, frozen_dtype=frozen_dtype,
+                                           stream_weights=stream_weights)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"the frozen weights do not fit into {device} ({str(error).split('. ')[0]}); use "
+                              "dtype=torch.bfloat16, frozen_dtype='int8' or 'nf4', or stream_weights='host' (ptv2 memory plans "
+                              "it).") from error
         encoder.set_memory(memory)
         model = cls(encoder, origin, prompt or PromptConfig(), task=task, num_labels=num_labels, id2label=id2label, **options)
         return model.eval()
@@ -160,10 +166,12 @@ class PromptedModel(nn.Module):
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """transformers' name for memory policy "minimal": layers are computed again in backward. The prefix keeps its
         gradient."""
-        self.set_memory("minimal")
+        if self.encoder.memory != "minimal":
+            self._memory_before = self.encoder.memory
+            self.set_memory("minimal")
 
     def gradient_checkpointing_disable(self) -> None:
-        self.set_memory("exact")
+        self.set_memory(getattr(self, "_memory_before", "exact"))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -279,11 +287,14 @@ class PromptedModel(nn.Module):
     @classmethod
     def from_adapter(cls, folder: str | Path, *, backbone: str | Path | nn.Module | None = None,
                      **placement: Any) -> PromptedModel:
-        """Load an adapter and the backbone it names, or `backbone`. placement: dtype, device, frozen_dtype, stream_weights.
-        Raises AdapterError, AdapterMismatch, CheckpointError, ConfigError."""
+        """Load an adapter and the backbone it names, or `backbone`. placement: dtype, device, memory, frozen_dtype,
+        stream_weights. Raises AdapterError, AdapterMismatch, CheckpointError, ConfigError."""
         from ptv2_engine.adapter import load
 
-        return load(cls, folder, backbone, placement)
+        memory = placement.pop("memory", "exact")
+        model = load(cls, folder, backbone, placement)
+        model.set_memory(memory)
+        return model
 
     @classmethod
     def from_peft(cls, folder: str | Path, base: str | Path | nn.Module | None = None, **options: Any) -> PromptedModel:
@@ -317,42 +328,3 @@ def _check_cloze(encoder: Encoder, prompt: PromptConfig, verbalizer_ids: list[in
     classes = num_labels if num_labels is not None else None if id2label is None else len(id2label)
     if verbalizer_ids is not None and classes is not None and classes != len(verbalizer_ids):
         raise ConfigError(f"{len(verbalizer_ids)} verbalizer_ids do not fit {classes} labels; pass one token for each label.")
-
-
-def _labels(config: dict[str, Any], num_labels: int | None, id2label: dict[int, str] | None,
-            label2id: dict[str, int] | None) -> dict[int, str]:
-    """transformers' rule: the names given, else the checkpoint's where their number fits, else LABEL_0, LABEL_1, ..."""
-    if id2label is None and label2id is not None:
-        id2label = {i: name for name, i in label2id.items()}
-    names = {int(i): str(name) for i, name in (id2label or {}).items()}
-    own = {int(i): str(name) for i, name in (config.get("id2label") or {}).items()}
-    if not names:
-        count = num_labels if num_labels is not None else len(own) or 2
-        names = own if len(own) == count else {i: f"LABEL_{i}" for i in range(count)}
-    elif num_labels is not None and num_labels != len(names):
-        raise ConfigError(f"num_labels {num_labels} does not fit {len(names)} label names; pass one name for each label.")
-    if not names:
-        raise ConfigError(f"num_labels {num_labels} is below 1; use 1 for regression, 2 or more for classes.")
-    if sorted(names) != list(range(len(names))):
-        raise ConfigError(f"id2label numbers its labels {sorted(names)}, but they must run from 0 to {len(names) - 1} "
-                          "without gaps.")
-    if label2id is not None and {str(name): int(i) for name, i in label2id.items()} != {name: i for i, name in names.items()}:
-        raise ConfigError(f"label2id {label2id} does not match id2label {names}; pass one of the two.")
-    return names
-
-
-def _head_dropout(config: dict[str, Any], encoder: Encoder) -> float:
-    """transformers' rule: classifier_dropout when the checkpoint sets it, else the hidden dropout."""
-    own = config.get("classifier_dropout")
-    return encoder.config.hidden_dropout if own is None else own
-
-
-def _transformers_config(config: dict[str, Any], id2label: dict[int, str], problem_type: str | None) -> Any:
-    """The backbone's transformers config with our labels: what Trainer's callbacks and the hub expect to find."""
-    from transformers import AutoConfig, PretrainedConfig
-
-    labels: dict[str, Any] = {"id2label": id2label, "label2id": {n: i for i, n in id2label.items()}, "problem_type": problem_type}
-    plain = {k: v for k, v in config.items() if k not in ("model_type", "id2label", "label2id", "num_labels", "problem_type")}
-    if config["model_type"] == "glm":        # transformers' class of that name is another architecture
-        return PretrainedConfig(**plain, **labels)
-    return AutoConfig.for_model(config["model_type"], **plain, **labels)

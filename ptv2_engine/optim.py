@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,21 @@ def adamw(model: nn.Module, lr: float, *, betas: tuple[float, float] = (0.9, 0.9
     """torch's fused AdamW (one kernel for all parameters) over prompt and head; no weight decay by default, as published."""
     groups = parameter_groups(model, weight_decay, head_lr)
     return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def set_aside(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor | None]:
+    """Take what has been accumulated out of .grad, without a copy, so that a step that fails can be forgotten."""
+    gradients = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return gradients
+
+
+def add_back(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | None]) -> None:
+    """Add what was set aside to the gradients of the step."""
+    for p, before in zip(parameters, gradients, strict=True):
+        if before is not None:
+            p.grad = before if p.grad is None else before.add_(p.grad)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

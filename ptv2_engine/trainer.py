@@ -27,15 +27,15 @@ from ptv2_engine.adapter import TENSORS, fill, read_tensors
 from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler, split_inputs
 from ptv2_engine.errors import ConfigError, DataError, NonFiniteLoss, OutOfMemory, OutputError
 from ptv2_engine.model import PromptedModel
-from ptv2_engine.optim import parameter_groups
+from ptv2_engine.optim import add_back, parameter_groups, set_aside
 from ptv2_engine.prompt import PromptConfig
 from ptv2_engine.trainer_memory import (
+    RandomState,
     check_fits,
     choose_micro_batch,
     count_labels,
-    forget_step,
+    free_memory,
     is_out_of_memory,
-    remember_gradients,
 )
 
 _log = logging.getLogger("ptv2_engine")
@@ -64,6 +64,9 @@ class Trainer(transformers.Trainer):
                  data_collator: Any = None, train_dataset: Any = None, eval_dataset: Any = None, **kwargs: Any) -> None:
         model = _wrapped(model, prompt, task)
         args = copy.copy(args or TrainingArguments("runs/ptv2"))
+        if args.fp16:
+            raise ConfigError("fp16=True asks for autocast and loss scaling, which this Trainer does not have; use bf16=True "
+                              "(--bf16), or a model loaded with dtype=torch.float16.")
         if args.bf16:
             args.mixed_precision = "no"      # the frozen weights are bf16 themselves; autocast would cast the fp32 head too
             model.set_backbone_dtype(torch.bfloat16)
@@ -79,9 +82,10 @@ class Trainer(transformers.Trainer):
         if stream is not None and stream.device.type != args.device.type:
             raise ConfigError(f"the model's weights are streamed to {stream.device}, but training runs on {args.device}; load "
                               f"the model with device={str(args.device)!r}.")
-        self.plan_memory, self.pieces = plan_memory, 1
-        if auto_batch and train_dataset is not None and hasattr(train_dataset, "__len__"):
-            choose_micro_batch(model, args, _lengths(train_dataset))
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self.micro_batches = self.pieces = 1
+        self._plan(model, args, train_dataset, plan_memory, auto_batch)
         args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
         if args.label_names is None:
             args.label_names = ["labels"]
@@ -95,8 +99,7 @@ class Trainer(transformers.Trainer):
         """Token-balanced batches for training on a data set whose lengths are known; transformers' loader otherwise."""
         if not (is_training and self.packs) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        sampler = TokenBalancedBatchSampler(_lengths(dataset), batch_size, seed=self.args.data_seed or self.args.seed,
-                                            drop_last=self.args.dataloader_drop_last)
+        sampler = self._sampler(_lengths(dataset), self.args, batch_size)
         workers = self.args.dataloader_num_workers
         # A generator of its own: starting an epoch must not draw from the generator that seeds dropout
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self._get_collator_with_removed_columns(
@@ -105,34 +108,46 @@ class Trainer(transformers.Trainer):
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0)
         return self.accelerator.prepare(loader)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        if self.plan_memory and (worst := self._largest_batch()):
-            check_fits(self.accelerator.unwrap_model(self.model), worst, self.args.device)
-        return super()._inner_training_loop(*args, **kwargs)
+    def _sampler(self, lengths: list[int], args: TrainingArguments, batch_size: int) -> TokenBalancedBatchSampler:
+        return TokenBalancedBatchSampler(lengths, batch_size * self.micro_batches, seed=args.data_seed or args.seed,
+                                         drop_last=args.dataloader_drop_last, pieces=self.micro_batches)
 
-    def _largest_batch(self) -> list[int]:
-        """The lengths in the first epoch's batch of most tokens; empty where the data set does not say them."""
-        dataset = self.train_dataset
-        if not self.packs or dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            return []
+    def _plan(self, model: PromptedModel, args: TrainingArguments, dataset: Any, check: bool, auto_batch: bool) -> None:
+        """Before the model is moved: choose the micro-batch, or refuse what does not fit. Only where lengths are known."""
+        known = self.packs and dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+        if auto_batch and not known and dataset is not None:
+            raise ConfigError("auto_batch needs to know the examples' lengths, but the data set has no length or the collator is "
+                              "your own; choose per_device_train_batch_size and gradient_accumulation_steps yourself.")
+        if not known or not (check or auto_batch):
+            return
         lengths = _lengths(dataset)
-        sampler = TokenBalancedBatchSampler(lengths, self.args.per_device_train_batch_size,
-                                            seed=self.args.data_seed or self.args.seed)
-        return max(([lengths[i] for i in batch] for batch in sampler), key=sum, default=[])
+        if auto_batch:
+            self.micro_batches = choose_micro_batch(model, args, lengths)
+        elif check:
+            sampler, worst = self._sampler(lengths, args, args.per_device_train_batch_size), list[int]()
+            for epoch in range(max(min(3, math.ceil(args.num_train_epochs)), 1)):
+                sampler.set_epoch(epoch)
+                worst = max(worst, *([lengths[i] for i in batch] for batch in sampler), key=sum)
+            check_fits(model, worst, args.device, args.gradient_accumulation_steps > 1)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """transformers' step; where memory runs out, the same step in smaller pieces, and nothing of the failed one is kept."""
+        if self.accelerator.num_processes > 1:                  # other processes would wait for the step that failed here
+            return super().training_step(model, inputs, num_items_in_batch)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        before, tokens = remember_gradients(parameters), self.tokens_seen
+        before, tokens, random = set_aside(parameters), self.tokens_seen, RandomState(self.args.device)
         while True:
             try:
-                return self._step_in_pieces(model, inputs, num_items_in_batch)
+                loss = self._step_in_pieces(model, inputs, num_items_in_batch)
+                add_back(parameters, before)
+                return loss
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.accelerator.num_processes > 1:
+                if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            forget_step(parameters, before)
-            before, self.tokens_seen = remember_gradients(parameters), tokens
+            free_memory(parameters)
+            random.restore()
+            self.tokens_seen = tokens
             if len(split_inputs(inputs, 2 * self.pieces)) <= self.pieces:
                 raise OutOfMemory(f"not even one sequence fits into memory at step {self.state.global_step + 1} ({reason}); use "
                                   "--memory minimal, --frozen_dtype int8, --stream_weights host, or shorter sequences.")

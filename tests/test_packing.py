@@ -153,3 +153,19 @@ def test_sampler_needs_a_batch_size():
     lengths = [1, 2]
     with pytest.raises(DataError, match="batch size 0"):
         TokenBalancedBatchSampler(lengths, 0)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=70), st.sampled_from([(8, 1), (8, 2), (8, 4), (8, 8), (6, 3)]),
+       st.booleans(), st.booleans())
+def test_micro_batches_are_the_batch_cut_up(lengths, sizes, shuffle, drop_last):
+    """Whatever the number of pieces: the same batches, cut into micro-batches of at most batch_size / pieces examples."""
+    batch_size, pieces = sizes
+    whole = TokenBalancedBatchSampler(lengths, batch_size, shuffle=shuffle, seed=3, drop_last=drop_last)
+    cut = TokenBalancedBatchSampler(lengths, batch_size, shuffle=shuffle, seed=3, drop_last=drop_last, pieces=pieces)
+    batches, micro = list(whole), list(cut)
+    assert (len(batches), len(micro)) == (len(whole), len(cut))
+    assert all(0 < len(m) <= batch_size // pieces for m in micro)
+    for batch in batches:
+        parts, micro = micro[:-(-len(batch) * pieces // batch_size)], micro[-(-len(batch) * pieces // batch_size):]
+        assert sorted(i for part in parts for i in part) == sorted(batch)
+    assert not micro

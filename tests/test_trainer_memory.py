@@ -32,7 +32,8 @@ def trainer_of(tmp_path, model, task="sequence-classification", batch=8, steps=3
     model.set_hidden_dropout(0.0)
     model.encoder.attention_dropout = 0.0
     args = transformers.TrainingArguments(str(tmp_path), per_device_train_batch_size=batch, max_steps=steps, report_to="none",
-                                          save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2,
+                                          save_strategy=options.pop("save_strategy", "no"), use_cpu=True,
+                                          save_steps=options.pop("save_steps", 500), disable_tqdm=True, learning_rate=1e-2,
                                           gradient_accumulation_steps=options.pop("accumulation", 1),
                                           gradient_checkpointing=options.pop("gradient_checkpointing", False))
     return Trainer(model, args, train_dataset=data(task=task), **options)
@@ -130,18 +131,40 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, monkeypatch):
 
 
 def test_auto_batch_keeps_the_batch(tmp_path, monkeypatch):
-    automatic = model_of()
+    """Micro-batches of 2 in place of one batch of 8: the same examples in each optimizer step, and the same prompt."""
+    plain, automatic = model_of(), model_of()
+    trainer_of(tmp_path / "a", plain, batch=8).train()
     longest = sorted((len(row["input_ids"]) for row in data()), reverse=True)[:2]
-    setup = trainer_memory.setup_of(automatic, longest, torch.device("cpu"))
-    limit = plan(setup).peak
+    limit = plan(trainer_memory.setup_of(automatic, longest, torch.device("cpu"), accumulates=True)).peak
     monkeypatch.setattr(trainer_memory, "available", lambda *_: limit)
     trainer = trainer_of(tmp_path / "b", automatic, batch=8, auto_batch=True)
     assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == (2, 4)
     trainer.train()
     assert trainer.pieces == 1 and trainer.state.global_step == 3
+    torch.testing.assert_close(trained(automatic), trained(plain), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(trainer_memory, "available", lambda *_: 1000)
     with pytest.raises(OutOfMemory, match="not even one sequence of 17 tokens fits"):
         trainer_of(tmp_path / "c", automatic, batch=8, auto_batch=True)
+
+
+def test_auto_batch_needs_lengths(tmp_path):
+    with pytest.raises(ConfigError, match="auto_batch needs to know the examples' lengths"):
+        trainer_of(tmp_path, model_of(), auto_batch=True, data_collator=transformers.default_data_collator)
+
+
+def test_a_resumed_run_draws_what_an_unbroken_one_does_where_memory_runs_out(tmp_path):
+    """Dropout is on; the failed attempt's draws are taken back, so that failing once more after resuming changes nothing."""
+    def run(resume=None):
+        model = model_of()
+        watch = Limited(model, 40, False)
+        trainer = trainer_of(tmp_path, model, steps=4, save_strategy="steps", save_steps=2)
+        model.set_hidden_dropout(0.1)
+        trainer.train(resume_from_checkpoint=resume)
+        assert watch.failed
+        return trained(model)
+
+    unbroken = run()
+    assert torch.equal(run(str(tmp_path / "checkpoint-2")), unbroken)
 
 
 def test_gradient_checkpointing_is_memory_minimal(tmp_path):
@@ -170,6 +193,36 @@ def test_placements_train_save_and_load(tmp_path, placement):
     again = PromptedModel.from_adapter(tmp_path / "adapter", **placement)
     batch = padded_batch([4, 9])
     torch.testing.assert_close(again(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_errors_that_say_out_of_memory():
+    for words in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "Triton Error [CUDA]: out of memory",
+                  "CUDA error: out of memory"):
+        assert trainer_memory.is_out_of_memory(RuntimeError(words))
+    assert not trainer_memory.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not trainer_memory.is_out_of_memory(ValueError("out of memory"))
+
+
+def test_free_host_memory_knows_a_containers_limit(tmp_path):
+    (tmp_path / "proc").mkdir()
+    assert trainer_memory.free_host_bytes(tmp_path) is None
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 2000 kB\nMemAvailable:    1000 kB\n")
+    assert trainer_memory.free_host_bytes(tmp_path) == 1024000
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("500000\n")
+    assert trainer_memory.free_host_bytes(tmp_path) == 1024000
+    (group / "memory.max").write_text("800000\n")
+    (group / "memory.stat").write_text("anon 400000\ninactive_file 50000\n")
+    assert trainer_memory.free_host_bytes(tmp_path) == 350000
+
+
+def test_fp16_autocast_is_refused(tmp_path):
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    args.fp16 = True
+    with pytest.raises(ConfigError, match="fp16=True asks for autocast .* use bf16=True"):
+        Trainer(model_of(), args)
 
 
 def test_streamed_weights_are_not_cast(tmp_path):

@@ -35,6 +35,9 @@ class Checkpoint(Protocol):
 
     def get(self, name: str) -> Tensor: ...
 
+    def let_go(self, name: str) -> None:
+        """The values are not needed for now: give the memory back that reading them took."""
+
 
 class SafetensorsFiles:
     """One or several .safetensors files, memory-mapped."""
@@ -52,6 +55,9 @@ class SafetensorsFiles:
     def get(self, name: str) -> Tensor:
         return self._where[name].get_tensor(name)
 
+    def let_go(self, name: str) -> None:
+        drop_pages(self.get(name))
+
 
 class TensorDictionary:
     """Tensors that are (lazily) in memory already: an unpickled .bin file or a model's state dict."""
@@ -64,6 +70,9 @@ class TensorDictionary:
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def let_go(self, name: str) -> None:
+        pass
 
 
 def drop_pages(tensor: Tensor) -> None:

@@ -69,6 +69,12 @@ class Normed(NamedTuple):
     x_TH: Tensor
     source: NormSource | None = None
 
+    def handed_on(self) -> Normed:
+        """For another layer, whose backward may run when this one's weights are sharded again (FSDP): with copies of them."""
+        if self.source is None:
+            return self
+        return Normed(self.x_TH, NormSource(self.source.kept, self.source.weight_H.clone(), self.source.bias_H.clone()))
+
 
 def frozen(*shape: int, like: torch.device | str = "meta") -> nn.Parameter:
     """An unfilled frozen parameter; loading assigns it."""
@@ -140,4 +146,4 @@ class EncoderLayer(nn.Module):
         if rows_R is not None:
             o_TND, x_TH = o_TND.index_select(0, rows_R), x_TH.index_select(0, rows_R)
         x_TH = self.normed("attn_norm", self.attn_out(o_TND.flatten(1)), x_TH, step, site + 1)[0].x_TH
-        return self.normed("ffn_norm", self.ffn_down(self.gelu(x_TH, step)), x_TH, step, site + 2)[0]
+        return self.normed("ffn_norm", self.ffn_down(self.gelu(x_TH, step)), x_TH, step, site + 2)[0].handed_on()

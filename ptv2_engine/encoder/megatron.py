@@ -232,6 +232,9 @@ class MegatronCheckpoint:
             return self._ranks[0][name].detach()
         return merge([rank[name].detach() for rank in self._ranks])
 
+    def let_go(self, name: str) -> None:
+        """Nothing: pages of these files are the system's to take back."""
+
 
 def open_megatron(folder: str | Path) -> Checkpoint | None:
     """The GLM checkpoint in a folder of mp_rank_XX_model_states.pt files, or in the folder that its tracker file names.

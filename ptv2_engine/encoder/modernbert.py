@@ -41,9 +41,6 @@ class ModernBertLayer(PreNormLayer):
     def enter(self, state: Residual, step: Step) -> tuple[Normed, Tensor]:
         return (Normed(state.branch_TH), state.branch_TH) if self.index == 0 else super().enter(state, step)
 
-    def norm(self, stream_TH: Tensor) -> Tensor:
-        return stream_TH if self.index == 0 else super().norm(stream_TH)
-
     def ffn(self, y: Normed, step: Step) -> Tensor:
         if step.memory != "lean":
             return self.ffn_down(linear_geglu(y.x_TH, self.ffn_up))

@@ -4,14 +4,15 @@
 
 Adding a branch to the stream and norming the sum for the next branch is one kernel, add_norm_sum, so a layer hands on its
 last branch unadded, and the next layer's first norm (or the final one) adds it.
+
 Saved for backward in bf16: as layer.py says with GELU; with ModernBERT's GEGLU 16H exact (both halves of its product, 6H with
-F = 1.5H), 2H lean (the product too is computed again) and 2H minimal.
+F = 1.5H), 2H lean (the product too is computed again) and 2H minimal. Where memory is minimal a layer hands on the stream
+with its last branch added, rounded to the compute dtype, so that one tensor is kept; the next norm reads that, not the fp32 sum.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ from ptv2_engine.ops import add_norm
 
 
 class Residual(NamedTuple):
-    """The stream [T, H], and a branch that is still to be added to it. stream None: the branch is the embeddings."""
+    """The stream [T, H], and a branch that is still to be added to it. stream None: the branch is the embeddings, or where memory
+    is minimal the stream itself."""
 
     branch_TH: Tensor
     stream_TH: Tensor | None
@@ -40,10 +42,6 @@ class PreNormLayer(EncoderLayer):
         stream_TH = torch.zeros_like(branch_TH) if stream_TH is None else stream_TH
         return self.normed("attn_norm", branch_TH, stream_TH, step, SITES * self.index + 3, with_sum=True)
 
-    def norm(self, stream_TH: Tensor) -> Tensor:
-        """What enter makes of a stream that nothing is added to."""
-        return F.layer_norm(stream_TH, stream_TH.shape[1:], self.attn_norm_weight, self.attn_norm_bias, self.eps)
-
     def ffn(self, y: Normed, step: Step) -> Tensor:
         return self.ffn_down(self.gelu(y.x_TH, step))
 
@@ -57,9 +55,26 @@ class PreNormLayer(EncoderLayer):
                                    with_sum=True)
         return Residual(self.ffn(y, step), stream_TH)
 
+    def whole(self, x_TH: Tensor, step: Step, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None,
+              rows_R: Tensor | None) -> Tensor:
+        """Stream -> stream, one tensor each: the embeddings or the sum behind the layer below, and the sum behind this one, drawn
+        as the next layer's norm would draw it. (The norm of that kernel is not used; its weights are this layer's.)"""
+        if self.index == 0:
+            y, stream_TH = self.enter(Residual(x_TH, None), step)
+        else:
+            y = Normed(F.layer_norm(x_TH, x_TH.shape[1:], self.attn_norm_weight, self.attn_norm_bias, self.eps))
+            stream_TH = x_TH
+        branch_TH, added_TH = self.body(y, stream_TH, step, prefix_k_KPND, prefix_v_KPND, rows_R)
+        assert added_TH is not None
+        return self.normed("ffn_norm", branch_TH, added_TH, step, SITES * (self.index + 1) + 3, with_sum=True)[1]
+
     def forward(self, state: Residual, step: Step, prefix_k_KPND: Tensor | None,  # type: ignore[override]
                 prefix_v_KPND: Tensor | None, rows_R: Tensor | None = None) -> Residual:
         """rows_R: the rows that are needed of the output; attention still sees all T tokens."""
+        if step.memory == "minimal":
+            exact = step._replace(memory="exact")
+            return Residual(recomputed(lambda x_TH, k, v: self.whole(x_TH, exact, k, v, rows_R), state.branch_TH, prefix_k_KPND,
+                                       prefix_v_KPND), None)
         return self.body(*self.enter(state, step), step, prefix_k_KPND, prefix_v_KPND, rows_R)
 
 
@@ -73,31 +88,14 @@ class PreNormEncoder(Encoder):
         self.final_norm_weight, self.final_norm_bias = frozen(config.hidden_size), frozen(config.hidden_size)
 
     def final_norm(self, state: Residual, step: Step) -> Tensor:
-        assert state.stream_TH is not None
-        return add_norm(state.branch_TH, state.stream_TH, self.final_norm_weight, self.final_norm_bias,
-                        self.config.layer_norm_eps, dropout_p=step.hidden_dropout, seed=step.seed,
-                        site=SITES * len(self.layers) + 1)
+        weight_H, bias_H, eps = self.final_norm_weight, self.final_norm_bias, self.config.layer_norm_eps
+        if state.stream_TH is None:
+            return F.layer_norm(state.branch_TH, weight_H.shape, weight_H, bias_H, eps)
+        return add_norm(state.branch_TH, state.stream_TH, weight_H, bias_H, eps, dropout_p=step.hidden_dropout, seed=step.seed,
+                        site=SITES * len(self.layers) + 3)
 
     def run_layers(self, x_TH: Tensor, step: Step, prefix: Prefix | None, rows_R: Tensor | None) -> Tensor:
         state, last = Residual(x_TH, None), len(self.layers) - 1
-        if step.memory == "minimal":
-            return self.run_recomputed(state, step._replace(memory="exact"), prefix, rows_R)
         for i, layer in enumerate(self.layers):
             state = layer(state, step, *of_layer(prefix, i), rows_R if i == last else None)
         return self.final_norm(state, step)
-
-    def run_recomputed(self, state: Residual, step: Step, prefix: Prefix | None, rows_R: Tensor | None) -> Tensor:
-        """Keeps the stream in front of each layer, 2H bytes a token in bf16: a state is two tensors, so a recomputed piece
-        reaches from a layer's sum to the next one's."""
-        layers: Any = self.layers
-
-        def piece(i: int, stream_TH: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
-            y = Normed(layers[i].norm(stream_TH))
-            if i == len(layers) - 1:
-                return self.final_norm(layers[i].body(y, stream_TH, step, k, v, rows_R), step)
-            return layers[i + 1].enter(layers[i].body(y, stream_TH, step, k, v, None), step)[1]
-
-        stream_TH = layers[0].enter(state, step)[1]
-        for i in range(len(layers)):
-            stream_TH = recomputed(functools.partial(piece, i), stream_TH, *of_layer(prefix, i))
-        return stream_TH

@@ -7,6 +7,7 @@ lost, as it is where a checkpointing wrapper sees the hidden states only.
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,11 +30,16 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, block: Callable[..., Tensor], source: NormSource | None, x_TH: Tensor,
                 *others: Tensor | None) -> Tensor:
         ctx.block, ctx.norm, ctx.dtype = block, None if source is None else source[1:], x_TH.dtype
+        ctx.context = contextvars.copy_context()        # the backend asked for: on a GPU backward has a thread of its own
         ctx.save_for_backward(*((x_TH, None) if source is None else source.kept), *others)
         return block(x_TH, *others)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.context.run(_Recomputed.again, ctx, dout)
+
+    @staticmethod
+    def again(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         first, scales, *others = ctx.saved_tensors
         x_TH = first if ctx.norm is None else Kept(first, scales).y(ctx.norm[0], ctx.norm[1], ctx.dtype)
         needed = ctx.needs_input_grad[2:]

@@ -82,6 +82,9 @@ class Encoder(nn.Module):
         """What layers keep for backward: "exact", "lean" or "minimal" (see layer.py). Raises ConfigError for other names."""
         if policy not in MEMORY:
             raise ConfigError(f"memory {policy!r} does not exist; choose one of {', '.join(MEMORY)}.")
+        if policy == "lean" and self.config.ffn_size % 4:
+            raise ConfigError(f"memory 'lean' packs four columns of the FFN into three bytes, but this model has "
+                              f"{self.config.ffn_size}, no multiple of 4; use 'exact' or 'minimal'.")
         self.memory = policy
 
     def finish_loading(self) -> None:

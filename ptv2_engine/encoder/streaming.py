@@ -12,6 +12,7 @@ Layer-to-layer execution from host memory is L2L's (arXiv 2002.05645); with froz
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ptv2_engine.errors import ConfigError
 from ptv2_engine.ops import FrozenLinear, Quantised
 from ptv2_engine.ops.frozen_linear import PLAIN
 
@@ -79,7 +81,9 @@ class HostBlocks:
 
     def add(self, layer: nn.Module) -> None:
         layout = layout_of(layer)
-        block = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=self.pin)
+        block = torch.empty(layout.nbytes, dtype=torch.uint8)
+        if self.pin:
+            block = pinned(block)
         for linear, (_, parts) in layout.parts.items():
             for part, tensor in zip(parts, contents(linear)[1], strict=True):
                 part.view(block).copy_(tensor)
@@ -89,6 +93,16 @@ class HostBlocks:
 
     def read_into(self, layer: int, block: Tensor) -> None:
         block[:self.layouts[layer].nbytes].copy_(self.blocks[layer], non_blocking=True)
+
+
+def pinned(block: Tensor) -> Tensor:
+    """The block in page-locked memory, where it is. (torch's own allocator of such memory rounds up to a power of two: a third
+    more at GLM-10B.) A copy by that allocator where the driver refuses."""
+    runtime: Any = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)) != 0:
+        return block.pin_memory()
+    weakref.finalize(block.untyped_storage(), runtime.cudaHostUnregister, block.data_ptr())
+    return block
 
 
 class FileBlocks:
@@ -130,9 +144,16 @@ class WeightStream:
         self.thread = ThreadPoolExecutor(1, "ptv2-weights") if self.from_file else None
         cuda = self.slots[0].block.is_cuda
         self.copies = torch.cuda.Stream(device) if cuda else None
+        if self.copies is not None:         # the slots' memory may still be in use by what had it before, and outlives them here
+            self.copies.wait_stream(torch.cuda.current_stream(device))
+            for slot in self.slots:
+                slot.block.record_stream(self.copies)
         self.staging = [(torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
                         ] if cuda and self.from_file else []
         self.copied_bytes = 0
+
+    def __deepcopy__(self, memo: Any) -> WeightStream:
+        raise ConfigError("a model whose weights are streamed cannot be copied; load it a second time.")
 
     @property
     def plain_dtype(self) -> torch.dtype | None:

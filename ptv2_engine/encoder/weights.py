@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_engine.encoder import bert, deberta, deberta_v2, electra, glm, modernbert, roberta
-from ptv2_engine.encoder.checkpoints import Checkpoint, SafetensorsFiles, drop_pages, open_checkpoint
+from ptv2_engine.encoder.checkpoints import Checkpoint, SafetensorsFiles, open_checkpoint
 from ptv2_engine.encoder.config import EncoderConfig
 from ptv2_engine.encoder.sources import Source
 from ptv2_engine.encoder.stack import Encoder
@@ -171,19 +171,23 @@ def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = 
     dtype = dtype or _pick_dtype(checkpoint, found[table["embeddings.word"].names[0]])
     encoder: Encoder = getattr(family, "ENCODER", Encoder)(config, with_pooler)
     if stream_weights == "file":
-        sources = _leave_in_file(encoder, table)
+        sources = _leave_in_file(encoder, table, checkpoint, found)
 
         def write(linear: FrozenLinear, out: Tensor) -> None:
             _write(checkpoint, sources[linear], found, out)
             for name in sources[linear].names:
-                drop_pages(checkpoint.get(found[name]))
+                checkpoint.let_go(found[name])
 
         encoder.stream = start_stream(FileBlocks([layout_of(layer, dtype) for layer in encoder.layers], write), device)
 
     def value(name: str, shape: torch.Size) -> Tensor:
         return _assemble(checkpoint, table[name], found, shape, dtype, device)
 
-    fill(encoder, table, value, frozen_dtype, stream_weights, device)
+    def copied(name: str) -> None:
+        for source_name in table[name].names:
+            checkpoint.let_go(found[source_name])
+
+    fill(encoder, table, value, frozen_dtype, stream_weights, device, copied)
     return encoder, Origin(checkpoint.location, checkpoint.config, *fingerprints(checkpoint))
 
 
@@ -219,16 +223,22 @@ def check_placement(frozen_dtype: str | None, stream_weights: str | None) -> Non
                           "reads the checkpoint's own weights each time; use stream_weights='host'.")
 
 
-def _leave_in_file(encoder: Encoder, table: dict[str, Source]) -> dict[FrozenLinear, Source]:
-    """Take the layers' matrices out of the name map: where each comes from."""
-    return {linear: table.pop(f"layers.{i}.{name}.weight") for i, layer in enumerate(encoder.layers)
-            for name, linear in matrices(layer)}
+def _leave_in_file(encoder: Encoder, table: dict[str, Source], checkpoint: Checkpoint,
+                   found: Mapping[str, str]) -> dict[FrozenLinear, Source]:
+    """Take the layers' matrices out of the name map: where each comes from. Raises WeightError for one of another shape."""
+    sources = {linear: table.pop(f"layers.{i}.{name}.weight") for i, layer in enumerate(encoder.layers)
+               for name, linear in matrices(layer)}
+    for linear, source in sources.items():
+        part = torch.Size((linear.out_features // len(source.names), linear.in_features))
+        for name in source.names if source.make is None else ():
+            _check_shape(checkpoint, found[name], checkpoint.get(found[name]), part)
+    return sources
 
 
 def fill(encoder: Encoder, names: Iterable[str], value: Callable[[str, torch.Size], Tensor], frozen_dtype: str | None,
-         stream_weights: str | None, device: torch.device) -> None:
+         stream_weights: str | None, device: torch.device, copied: Callable[[str], None] = lambda name: None) -> None:
     """Give the encoder's parameters their values, a layer after the other; encode and move away each layer's matrices before the
-    next is read."""
+    next is read. copied(name) is told when the values that were read for a matrix are not needed any more."""
     by_layer: dict[int, list[str]] = {}
     for name in names:
         by_layer.setdefault(int(name.split(".")[1]) if name.startswith("layers.") else -1, []).append(name)
@@ -242,10 +252,14 @@ def fill(encoder: Encoder, names: Iterable[str], value: Callable[[str, torch.Siz
             if name in small and frozen_dtype not in (None, _SHORT.get(tensor.dtype)):
                 assert frozen_dtype is not None
                 owner.hold(_encoded(tensor, frozen_dtype))
+                copied(name)
             else:
                 setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+            del tensor
         if host is not None and index >= 0:
             host.add(encoder.layers[index])
+            for name in small:
+                copied(name)
     if host is not None:
         encoder.stream = start_stream(host, device)
     encoder.frozen_dtype = frozen_dtype
@@ -286,4 +300,5 @@ def weights_hash(checkpoint: Checkpoint, names: Mapping[str, str]) -> str:
         picks = torch.arange(0, flat.numel(), max(flat.numel() // _HASH_SAMPLES, 1))[:_HASH_SAMPLES]
         values = flat[picks.to(flat.device)].to("cpu", torch.bfloat16)
         digest.update(values.view(torch.uint8).numpy().tobytes())
+        checkpoint.let_go(names[short])
     return digest.hexdigest()

@@ -26,7 +26,7 @@ def card_bytes(name: str) -> int:
     elif gigabytes.replace(".", "", 1).isdigit() and float(gigabytes) > 0:
         total = int(float(gigabytes) * 1e9)
     elif key.partition("-")[0] in TOO_OLD:
-        raise ConfigError(f"card {name!r} is older than the kernels take (Triton needs compute capability 8.0, and bfloat16 too); "
+        raise ConfigError(f"card {name!r} is older than the kernels take (Triton and bfloat16 need compute capability 8.0); "
                           f"use one of {', '.join(CARDS)}.")
     else:
         raise ConfigError(f"card {name!r} is not known; use one of {', '.join(CARDS)}, or a size such as 24gb.")

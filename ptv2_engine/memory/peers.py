@@ -1,23 +1,29 @@
 """What other ways of training take, counted on their own code: transformers' model on fake tensors, plain or wrapped by PEFT.
 
 Fine-tuning is stock mixed precision: fp32 weights, bf16 autocast, AdamW. LoRA (rank 8, queries and values) and prefix tuning are
-PEFT's on a bf16 backbone, with autocast. All are given full sequences without padding and flash attention where transformers lets
-a model choose its attention, so they are counted at their best. Nobody else has code for GLM: a BERT of the same sizes stands in.
+PEFT's on a bf16 backbone, which need no autocast. All are given full sequences without padding and flash attention where
+transformers lets a model choose its attention, so they are counted at their best. Nobody else has code for GLM: a BERT of its sizes
+stands in.
+
+A build of torch without CUDA has no fake CUDA tensors, so what a GPU does differently is put in place: dropout keeps a byte an
+element (on the CPU it would keep the activation's dtype), and autocast computes LayerNorm and softmax in fp32.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ptv2_engine.encoder import EncoderConfig
-from ptv2_engine.memory.planner import CUBLAS_WORKSPACE, Plan, track
+from ptv2_engine.memory.planner import CUBLAS_WORKSPACE, CUDA_CONTEXT, Plan, track
 from ptv2_engine.memory.setup import Setup
 from ptv2_engine.memory.tracker import OPTIMIZER, PROMPTS, WEIGHTS, MemoryTracker
 
@@ -32,20 +38,42 @@ def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
     return out.transpose(1, 2), None
 
 
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+
+def _wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function as CUDA's autocast runs it: in fp32."""
+    @functools.wraps(function)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(x, *args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return function(x.float(), *args, **kwargs)
+
+    return run
+
+
 @contextmanager
 def _stock() -> Iterator[None]:
-    """Fake tensors for code that was not written for them: modules are made where they stay, and copies stay in the same mode."""
+    """Fake tensors for code that was not written for them: modules are made where they stay, copies stay in the same mode, and
+    what differs between the CPU and a GPU is as on a GPU."""
     from transformers.initialization import no_init_weights
 
     mode = FakeTensorMode()
     mode.__deepcopy__ = lambda memo: mode  # type: ignore[attr-defined]
-    to = nn.Module.to
-    nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    swaps: list[tuple[Any, str, Any]] = [
+        (nn.Module, "to", lambda self, *_, **__: self), (F, "dropout", _dropout), (F, "layer_norm", _wide(F.layer_norm)),
+        (F, "softmax", _wide(F.softmax))]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in swaps]
     try:
+        for owner, name, new in swaps:
+            setattr(owner, name, new)
         with mode, no_init_weights():
             yield
     finally:
-        nn.Module.to = to  # type: ignore[method-assign]
+        for owner, name, old in before:
+            setattr(owner, name, old)
 
 
 def _transformers_config(setup: Setup, sizes: EncoderConfig) -> Any:
@@ -90,11 +118,12 @@ def _wrap(model: Any, setup: Setup, peer: str) -> Any:
 class StockWorkload:
     """A model of somebody else's and one batch, for memory.track."""
 
-    def __init__(self, setup: Setup, sizes: EncoderConfig, peer: str) -> None:
+    def __init__(self, setup: Setup, sizes: EncoderConfig, peer: str, autocast: bool) -> None:
         self.setup = setup
-        self.autocast = setup.dtype == "bfloat16"
-        low = torch.bfloat16 if self.autocast and peer != "fine-tuning" else torch.float32
-        self.model = _wrap(_model(setup, sizes, low), setup, peer).train()
+        low = setup.dtype == "bfloat16"
+        self.autocast = low and autocast
+        dtype = torch.bfloat16 if low and peer != "fine-tuning" else torch.float32
+        self.model = _wrap(_model(setup, sizes, dtype), setup, peer).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, 1e-4, fused=True)
 
@@ -115,6 +144,7 @@ class StockWorkload:
 
     def mark(self, tracker: MemoryTracker) -> None:
         tracker.mark((p.detach() for p in self.model.parameters() if not p.requires_grad), WEIGHTS)
+        tracker.mark(self.model.buffers(), WEIGHTS)
         tracker.mark((p.detach() for p in self.parameters), PROMPTS)
         tracker.mark((t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)), OPTIMIZER)
 
@@ -125,22 +155,33 @@ def plan_peer(setup: Setup, sizes: EncoderConfig, peer: str) -> Plan | str:
 
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    tracker = MemoryTracker()
+    reason = ""
     try:
-        with warnings.catch_warnings(), _stock(), tracker:
-            warnings.simplefilter("ignore")             # of code that asks fake tensors where they are
-            workload = StockWorkload(setup, sizes, peer)
-            peak = track(workload, tracker, steps=2)
-    except ImportError as error:
-        return f"{error.name or 'peft'} is not installed"
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
-        return f"does not run on {sizes.family} ({str(error).splitlines()[0][:90] if str(error) else type(error).__name__})"
+        # DeBERTa's own code mixes dtypes, so that LoRA on it needs autocast
+        for autocast in (True,) if peer == "fine-tuning" else (False, True):
+            try:
+                return _count(setup, sizes, peer, autocast)
+            except ImportError as error:
+                return f"{error.name or 'peft'} is not installed"
+            except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+                reason = reason or (str(error).splitlines()[0][:90] if str(error) else type(error).__name__)
+        return f"does not run on {sizes.family} ({reason})"
     finally:
         transformers.logging.set_verbosity(level)
+
+
+def _count(setup: Setup, sizes: EncoderConfig, peer: str, autocast: bool) -> Plan:
+    tracker = MemoryTracker()
+    with warnings.catch_warnings(), _stock():
+        warnings.simplefilter("ignore")             # of code that asks fake tensors where they are
+        workload = StockWorkload(setup, sizes, peer, autocast)
+        workload.step(workload.batch())
+        with tracker:
+            peak = track(workload, tracker)
     parts = {name: size for name, size in peak.parts.items() if size}
     parts["workspaces"] = parts.get("workspaces", 0) + CUBLAS_WORKSPACE
     names = {"fine-tuning": "fine-tuning, AdamW", "LoRA": "LoRA r=8 (PEFT)", "prefix tuning": "prefix tuning (PEFT)"}
+    with_autocast = " autocast" if workload.autocast else ""
     stand_in = ", on a BERT of these sizes" if sizes.family == "glm" else ""
     tokens = setup.batch_size * setup.seq_len
-    return Plan(f"{names[peer]}, {setup.dtype}{' autocast' if setup.dtype == 'bfloat16' else ''}{stand_in}", parts, [], 0, tokens,
-                0.0)
+    return Plan(f"{names[peer]}, {setup.dtype}{with_autocast}{stand_in}", parts, [], 0, tokens, 0.0, CUDA_CONTEXT)

@@ -18,6 +18,7 @@ from ptv2_engine.encoder.weights import random_encoder
 from ptv2_engine.memory.setup import DTYPES, Setup, title_of
 from ptv2_engine.memory.tracker import (
     BATCH,
+    GRADIENTS,
     HOST,
     OPTIMIZER,
     PROMPTS,
@@ -28,12 +29,12 @@ from ptv2_engine.memory.tracker import (
 )
 from ptv2_engine.model import PromptedModel
 from ptv2_engine.ops import planned_for
-from ptv2_engine.optim import adamw
+from ptv2_engine.optim import adamw, add_back, set_aside
 
-# What a process takes beside its tensors on CUDA: the driver's context with torch's and Triton's kernels, and cuBLAS's workspace
-# (32 MiB on Hopper and later, from torch's allocator, so that max_memory_allocated holds it). The context differs by driver: it
-# is a typical value, measured by nobody here, and no part of the predicted peak.
-CUDA_CONTEXT, CUBLAS_WORKSPACE = 500 << 20, 32 << 20
+# What a process takes beside its tensors on CUDA. cuBLAS's workspace comes from torch's allocator, so that max_memory_allocated
+# holds it: torch's 32 MiB (Hopper and later) for each of two threads, forward's and backward's. The context of the driver, with
+# torch's and Triton's kernels, does not: a typical value, no part of the predicted peak. Neither has been measured here.
+CUDA_CONTEXT, CUBLAS_WORKSPACE = 500 << 20, 2 * 32 << 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Plan:
     host: int
     tokens: int
     saved_per_token_and_layer: float       # in units of H bytes, of a layer in the middle
+    context: int = 0                       # of the CUDA driver, on top of the peak
 
     @property
     def peak(self) -> int:
@@ -92,9 +94,17 @@ class Workload:
 
     def step(self, batch: dict[str, Any], after_forward: Callable[[], None] = lambda: None) -> None:
         """Forward, backward, clipping, AdamW: one step as the Trainer makes it."""
+        if self.setup.accumulates:
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p)
+            if self.tracker is not None:
+                self.tracker.mark((p.grad for p in self.parameters), GRADIENTS)
+        before = set_aside(self.parameters)
         loss = self.model(**batch).loss
         after_forward()
         loss.backward()
+        add_back(self.parameters, before)
+        del before
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -162,11 +172,12 @@ class Planner:
             parts["workspaces"] = parts.get("workspaces", 0) + CUBLAS_WORKSPACE
         config, tokens = workload.model.encoder.config, sum(setup.sequences())
         saved = [tracker.after_forward.get(str(i), 0) for i in range(config.num_layers)]
-        return Plan(title_of(setup), parts, saved, host, tokens, saved[config.num_layers // 2] / tokens / config.hidden_size)
+        return Plan(title_of(setup), parts, saved, host, tokens, saved[config.num_layers // 2] / tokens / config.hidden_size,
+                    CUDA_CONTEXT if setup.device == "cuda" else 0)
 
     def _workload(self, setup: Setup) -> Workload:
         """A workload of this model that has made one step."""
-        key = replace(setup, memory="exact", batch_size=1, seq_len=1, lengths=None)
+        key = replace(setup, memory="exact", batch_size=1, seq_len=1, lengths=None, accumulates=False)
         found = next((workload for known, workload in self.workloads if known == key), None)
         if found is None:
             found = Workload(key, torch.device("cpu"))

@@ -13,6 +13,8 @@ from ptv2_engine.encoder.checkpoints import model_config
 from ptv2_engine.encoder.layer import MEMORY
 from ptv2_engine.encoder.weights import check_placement, empty_encoder
 from ptv2_engine.errors import ConfigError
+from ptv2_engine.ops._dispatch import triton_unavailable
+from ptv2_engine.ops.prefix_attention import TRITON_HEAD_DIMS
 from ptv2_engine.prompt import PromptConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,7 +26,8 @@ class Setup:
 
     model: hub id, folder, published GLM name, or a config dictionary. task, num_labels: of the head. seq_len: real tokens of each
     of batch_size sequences; lengths: of sequences that differ, in place of both. memory, frozen_dtype, stream_weights, pooler,
-    shift_positions: PromptedModel.from_pretrained's. device: "cuda" or "cpu", whether this machine has one or not.
+    shift_positions: PromptedModel.from_pretrained's. accumulates: gradients of earlier micro-batches are there already. device:
+    "cuda" or "cpu", whether this machine has one or not.
     """
 
     model: str | Path | Mapping[str, Any]
@@ -41,6 +44,7 @@ class Setup:
     lengths: tuple[int, ...] | None = None
     pooler: str = "auto"
     shift_positions: bool = True
+    accumulates: bool = False
 
     def config(self) -> dict[str, Any]:
         """The model's config dictionary."""
@@ -61,6 +65,13 @@ class Setup:
             if number < 1:
                 raise ConfigError(f"{name} {number} is below 1; use 1 or more.")
         config, prompt = empty_encoder(self.config()).config, self.prompt
+        if self.device == "cuda" and config.head_dim not in TRITON_HEAD_DIMS:
+            sizes = ", ".join(map(str, TRITON_HEAD_DIMS))
+            raise ConfigError(f"heads of {config.head_dim} have no kernel on a GPU (there are {sizes}) and run in plain PyTorch, "
+                              "which is not planned; choose another size, or --device cpu.")
+        if self.device == "cuda" and (missing := triton_unavailable()):
+            raise ConfigError(f"a plan for a GPU runs the launchers of its kernels, but {missing}; pip install "
+                              "'ptv2_engine[gpu]', or plan for --device cpu.")
         takes = config.shifts_positions and self.shift_positions and prompt.method == "deep" or prompt.method == "shallow"
         config.check_length(max(self.sequences()), 0 if prompt.method == "none" else prompt.prompt_length, takes)
         prompt.layers(config.num_layers)

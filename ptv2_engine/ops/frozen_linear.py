@@ -172,6 +172,16 @@ def as_frozen(linear: FrozenLinear | Tensor, bias_O: Tensor | None = None) -> Fr
     )
 
 
+def _reference(x_TI: Tensor, linear: FrozenLinear | Tensor, bias_O: Tensor | None) -> Tensor:
+    """reference, but a weight that is no parameter is asked for again in backward: autograd must not keep what is decoded for
+    the moment, or what the next layer's weights will overwrite."""
+    if not isinstance(linear, FrozenLinear):
+        return reference(x_TI, linear, bias_O)
+    if linear.weight is not None:
+        return reference(x_TI, linear.weight, linear.bias)
+    return _FrozenLinear.apply(x_TI, linear, False)
+
+
 def frozen_linear(x_TI: Tensor, linear: FrozenLinear | Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b with W and b frozen.
 
@@ -182,9 +192,7 @@ def frozen_linear(x_TI: Tensor, linear: FrozenLinear | Tensor, bias_O: Tensor | 
     """
     choice = choose("frozen_linear", x_TI.device, x_TI.dtype)
     if choice.backend == "reference":
-        if isinstance(linear, FrozenLinear):
-            return reference(x_TI, linear.dense(x_TI.dtype), linear.bias)
-        return reference(x_TI, linear, bias_O)
+        return _reference(x_TI, linear, bias_O)
     linear = as_frozen(linear, bias_O)
     packed = linear.packs(x_TI)
     if torch.is_grad_enabled() and x_TI.requires_grad:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptv2_engine.ops._dispatch import choose, launcher
-from ptv2_engine.ops.frozen_linear import FrozenLinear, as_frozen
+from ptv2_engine.ops.frozen_linear import FrozenLinear, as_frozen, frozen_linear
 
 torch.library.define("ptv2::geglu_fwd", "(Tensor z_TG) -> Tensor h_TF")
 torch.library.define("ptv2::geglu_bwd", "(Tensor dh_TF, Tensor z_TG) -> Tensor dz_TG")
@@ -59,8 +59,8 @@ def linear_geglu(x_TH: Tensor, linear: FrozenLinear | Tensor, bias_G: Tensor | N
     """
     choice = choose("linear_geglu", x_TH.device, x_TH.dtype)
     if choice.backend == "reference":
-        weight, bias = (linear.dense(x_TH.dtype), linear.bias) if isinstance(linear, FrozenLinear) else (linear, bias_G)
-        return reference(x_TH, weight, bias)
+        a, gate = frozen_linear(x_TH, linear, bias_G).chunk(2, -1)
+        return F.gelu(a) * gate
     linear = as_frozen(linear, bias_G)
     packed = linear.packs(x_TH)
     if torch.is_grad_enabled() and x_TH.requires_grad:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ptv2_engine.errors import InputError
 from ptv2_engine.kernels.saved import empty_derivative
 from ptv2_engine.ops._dispatch import choose, launcher
-from ptv2_engine.ops.frozen_linear import FrozenLinear, as_frozen
+from ptv2_engine.ops.frozen_linear import FrozenLinear, as_frozen, frozen_linear
 
 CODE_LOW, CODE_STEP = -0.13, 1.26 / 255
 
@@ -71,8 +71,7 @@ def linear_gelu(x_TH: Tensor, linear: FrozenLinear | Tensor, bias_F: Tensor | No
     """
     choice = choose("linear_gelu", x_TH.device, x_TH.dtype)
     if choice.backend == "reference":
-        weight, bias = (linear.dense(x_TH.dtype), linear.bias) if isinstance(linear, FrozenLinear) else (linear, bias_F)
-        return reference(x_TH, weight, bias, approximate=approximate)
+        return F.gelu(frozen_linear(x_TH, linear, bias_F), approximate=approximate)
     linear = as_frozen(linear, bias_F)
     if bits not in (8, 6) or bits == 6 and linear.out_features % 4:
         raise InputError(f"linear_gelu: {bits} bits of the derivative of {linear.out_features} columns cannot be packed; use "

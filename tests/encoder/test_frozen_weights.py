@@ -3,6 +3,8 @@ file."""
 
 from __future__ import annotations
 
+import copy
+import json
 import subprocess
 import sys
 import textwrap
@@ -13,8 +15,8 @@ import torch
 from ptv2_engine import PromptConfig, PromptedModel
 from ptv2_engine.encoder import load_encoder
 from ptv2_engine.encoder.streaming import FileBlocks, WeightStream, matrices, start_stream
-from ptv2_engine.errors import ConfigError
-from ptv2_engine.ops import FrozenLinear, dequantise
+from ptv2_engine.errors import ConfigError, WeightError
+from ptv2_engine.ops import FrozenLinear, dequantise, use_backend
 from ptv2_engine.testing import padded_batch, tiny_model
 
 FAMILIES = ("bert", "electra", "deberta", "deberta-v2", "modernbert")
@@ -188,3 +190,80 @@ def test_file_blocks_refuse_nothing_silently(tmp_path):
     for a, b in zip(streamed.layers, here.layers, strict=True):
         for (_, mine), (_, theirs) in zip(matrices(a), matrices(b), strict=True):
             assert torch.equal(mine.dense(torch.float32), theirs.weight)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("placement", [{"stream_weights": "host"}, {"stream_weights": "file"}, {"frozen_dtype": "nf4"}], ids=str)
+def test_the_reference_backend_reads_weights_again_in_backward(tmp_path, family, placement):
+    """Seven layers through three slots: what autograd kept of a slot would be another layer's by then."""
+    source = saved(tmp_path, family, num_hidden_layers=7)
+    want = outcome(plainly_decoded(build(source, **placement)) if "frozen_dtype" in placement else build(source))
+    with use_backend("reference"):
+        for policy in ("exact", "lean"):
+            logits, gradient = outcome(build(source, **placement), policy)
+            torch.testing.assert_close(logits, want[0], rtol=1e-4, atol=1e-5)
+            assert (gradient - want[1]).norm() <= 1e-4 * want[1].norm()
+
+
+def test_bf16_beside_an_fp32_computation(tmp_path):
+    """Half the bytes; the numbers are those of weights rounded to bf16 and multiplied in fp32."""
+    source = saved(tmp_path)
+    half, rounded = build(source, frozen_dtype="bf16"), build(source)
+    for layer in rounded.encoder.layers:
+        for _, linear in matrices(layer):
+            linear.weight.data = linear.weight.data.bfloat16().float()
+    assert half.dtype == torch.float32 and half.encoder.layers[0].qkv.held.codes.dtype == torch.bfloat16
+    for a, b in zip(outcome(half), outcome(rounded), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    same = build(source, frozen_dtype="bf16", dtype=torch.bfloat16)          # bf16 in bf16 is a plain weight
+    assert same.encoder.layers[0].qkv.held is None
+    streamed = build(source, frozen_dtype="bf16", stream_weights="host")
+    for a, b in zip(outcome(streamed), outcome(half), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_streamed_model_is_not_copied(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be copied; load it a second time"):
+        copy.deepcopy(build(saved(tmp_path), stream_weights="file"))
+
+
+def test_a_matrix_of_another_shape_is_found_before_it_is_streamed(tmp_path):
+    source = saved(tmp_path)
+    config = json.loads((tmp_path / "bert/config.json").read_text())
+    (tmp_path / "bert/config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(WeightError, match=r"intermediate.dense.weight is .* but config.json implies \(96, 64\)"):
+        load_encoder(source, stream_weights="file")
+
+
+def test_lean_needs_columns_in_fours(tmp_path):
+    with pytest.raises(ConfigError, match="this model has 130, no multiple of 4; use 'exact' or 'minimal'"):
+        build(saved(tmp_path, intermediate_size=130), memory="lean")
+
+
+_LOADED = """
+import sys, torch
+from ptv2_engine.encoder import load_encoder
+
+def resident():
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+load_encoder(sys.argv[3], frozen_dtype="int8")            # code is loaded
+open("/proc/self/clear_refs", "w").write("5")
+before = resident()
+load_encoder(sys.argv[1], **({sys.argv[2]: sys.argv[4]} if sys.argv[2] else {}))
+print(resident() - before)
+"""
+
+
+@pytest.mark.slow
+def test_loading_into_codes_peaks_at_the_small_model_and_one_shard(tmp_path):
+    """24 layers in shards of 60 MB, 303 MB in all, fp32: int8 codes are 76 MB of it. The high-water mark of resident memory,
+    mapped pages of the file included."""
+    tiny_model("bert", hidden_size=512, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8).save_pretrained(
+        tmp_path / "big", max_shard_size="60MB")
+    small = saved(tmp_path, "bert")
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(_LOADED), tmp_path / "big", "frozen_dtype", small, "int8"],
+                         capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert 70e6 < int(out.stdout) < 76e6 + 60e6, f"{int(out.stdout) / 1e6:.0f} MB"
