@@ -30,11 +30,12 @@ test: venv                  ## all tests; fails when a backend that this machine
 bench: venv                 ## the benchmarks, peers interleaved call by call; JSON into $(RESULTS)
 	$(BIN)/python -m pytest --benchmark-only --results $(RESULTS) benchmarks/bench_*.py
 
-# One call on a machine with a GPU and its own CUDA torch: builds csrc in place, runs the GPU tests, then the benchmarks.
+# One call on a machine with a GPU and its own CUDA torch: builds csrc in place, runs the GPU tests, the benchmarks, the 10B profile.
 gpu-check:
 	$(PYTHON) setup.py build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --require-gpu tests
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --require-gpu --benchmark-only --results $(RESULTS) benchmarks/bench_*.py
+	PYTHONPATH=. $(PYTHON) benchmarks/memory_profile.py --results $(RESULTS) measure --memory exact minimal --rounds 2
 
 lint: venv
 	$(BIN)/ruff check .

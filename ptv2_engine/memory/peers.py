@@ -2,8 +2,8 @@
 
 Fine-tuning is stock mixed precision: fp32 weights, bf16 autocast, AdamW. LoRA (rank 8, queries and values) and prefix tuning are
 PEFT's on a bf16 backbone, which need no autocast. All are given full sequences without padding and flash attention where
-transformers lets a model choose its attention, so they are counted at their best. Nobody else has code for GLM: a BERT of its sizes
-stands in.
+transformers lets a model choose its attention, so they are counted at their best. Nobody else has code for GLM: a BERT of the
+same sizes stands in.
 
 A build of torch without CUDA has no fake CUDA tensors, so what a GPU does differently is put in place: dropout keeps a byte an
 element (on the CPU it would keep the activation's dtype), and autocast computes LayerNorm and softmax in fp32.
