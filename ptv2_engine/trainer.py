@@ -125,7 +125,8 @@ class Trainer(transformers.Trainer):
             self.micro_batches = choose_micro_batch(model, args, lengths)
         elif check:
             sampler, worst = self._sampler(lengths, args, args.per_device_train_batch_size), list[int]()
-            for epoch in range(max(min(3, math.ceil(args.num_train_epochs)), 1)):
+            epochs = min(3, math.ceil(args.num_train_epochs)) if len(lengths) < 50_000 else 1     # their orders differ a little
+            for epoch in range(max(epochs, 1)):
                 sampler.set_epoch(epoch)
                 worst = max(worst, *([lengths[i] for i in batch] for batch in sampler), key=sum)
             check_fits(model, worst, args.device, args.gradient_accumulation_steps > 1)

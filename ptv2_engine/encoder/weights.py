@@ -155,6 +155,7 @@ def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = 
         missing, unknown or mis-shaped. CheckpointError: a corrupt file or an unsafe pickle.
     """
     check_placement(frozen_dtype, stream_weights)
+    check_device(torch.device(device), dtype)
     checkpoint = open_checkpoint(source)
     if stream_weights == "file" and not isinstance(checkpoint, SafetensorsFiles):
         raise ConfigError(f"stream_weights 'file' reads memory-mapped safetensors, but {checkpoint.location} is none; save it as "
@@ -200,6 +201,7 @@ def random_encoder(config: Mapping[str, Any], *, dtype: torch.dtype = torch.floa
         raise ConfigError("stream_weights 'file' needs a checkpoint's files, but random weights have none; use "
                           "stream_weights='host'.")
     encoder, device = empty_encoder(config), torch.device(device)
+    check_device(device, dtype)
     std = encoder.config.initializer_range
 
     def value(name: str, shape: torch.Size) -> Tensor:
@@ -221,6 +223,18 @@ def check_placement(frozen_dtype: str | None, stream_weights: str | None) -> Non
     if stream_weights == "file" and frozen_dtype is not None:
         raise ConfigError(f"frozen_dtype {frozen_dtype!r} has to be encoded before it can be streamed, but stream_weights 'file' "
                           "reads the checkpoint's own weights each time; use stream_weights='host'.")
+
+
+def check_device(device: torch.device, dtype: torch.dtype | None) -> None:
+    """Raises ConfigError for a device that is not there, or a dtype that it lacks."""
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device {str(device)!r} is not there: torch sees no GPU; use device='cpu' (--use_cpu).")
+    major, minor = torch.cuda.get_device_capability(device)
+    if dtype == torch.bfloat16 and major < 8:
+        raise ConfigError(f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no bfloat16; use "
+                          "dtype=torch.float16 or float32, or a card of capability 8.0.")
 
 
 def _leave_in_file(encoder: Encoder, table: dict[str, Source], checkpoint: Checkpoint,

@@ -64,7 +64,8 @@ def write_json(file: Path, settings: dict[str, Any], plans: Sequence[Plan], more
 
 
 def draw(file: Path, plans: Sequence[Plan], heading: str, limit: int | None = None) -> None:
-    """A bar a plan, its parts stacked; a line where the card ends. Raises ImportError without matplotlib."""
+    """A bar a plan, its parts and the driver's context stacked; a line where a step may end on the card. Raises ImportError
+    without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -72,17 +73,18 @@ def draw(file: Path, plans: Sequence[Plan], heading: str, limit: int | None = No
     axes = figure.add_subplot()
     titles = [plan.title for plan in plans][::-1]
     left = [0.0] * len(plans)
-    for part, colour in zip(ORDER, _COLOURS, strict=True):
-        widths = [plan.parts.get(part, 0) / 2**30 for plan in plans][::-1]
+    context = max((plan.context for plan in plans), default=0)
+    for part, colour in zip((*ORDER, "CUDA context"), (*_COLOURS, "#d9d9d9"), strict=True):
+        widths = [(plan.context if part == "CUDA context" else plan.parts.get(part, 0)) / 2**30 for plan in plans][::-1]
         if any(widths):
             axes.barh(titles, widths, left=left, label=part, color=colour)
             left = [a + b for a, b in zip(left, widths, strict=True)]
     for i, total in enumerate(left):
         axes.text(total, i, f" {total:.1f}", va="center")
     if limit is not None:
-        axes.axvline(limit / 2**30, color="black", linestyle="--", linewidth=1)
+        axes.axvline((limit + context) / 2**30, color="black", linestyle="--", linewidth=1, label="the card")
     axes.set_xlim(0, max(*left, (limit or 0) / 2**30) * 1.12)
     axes.set_xlabel("GiB at the worst moment of a training step (planned)")
     axes.set_title(heading)
-    axes.legend(fontsize="small", loc="lower right")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=5)
     FigureCanvasAgg(figure).print_png(str(file))

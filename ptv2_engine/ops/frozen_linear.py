@@ -136,7 +136,7 @@ class FrozenLinear(nn.Module):
         """x W^T + b, no autograd."""
         if packed:
             return torch.ops.mkldnn._linear_pointwise(x_TI, self.packed("forward"), self.bias, "none", [], "")
-        if _widens(x_TI):
+        if widens(x_TI):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(x_TI.float(), self.dense(x_TI.dtype).float(), bias).to(x_TI.dtype)
         return F.linear(x_TI, self.dense(x_TI.dtype), self.bias)
@@ -145,12 +145,13 @@ class FrozenLinear(nn.Module):
         """dY W, no autograd."""
         if packed:
             return torch.ops.mkldnn._linear_pointwise(dy_TO, self.packed("backward"), None, "none", [], "")
-        if _widens(dy_TO):
+        if widens(dy_TO):
             return (dy_TO.float() @ self.dense(dy_TO.dtype).float()).to(dy_TO.dtype)
         return dy_TO @ self.dense(dy_TO.dtype)
 
 
-def _widens(x: Tensor) -> bool:
+def widens(x: Tensor) -> bool:
+    """Whether x is multiplied in fp32: bf16 on a CPU whose oneDNN has no bf16."""
     return x.dtype == torch.bfloat16 and device_type(x) == "cpu" and not multiplies_bf16()
 
 

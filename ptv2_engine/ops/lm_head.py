@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ptv2_engine.ops.frozen_linear import widens
+
 CHUNK = 256
 
 
@@ -25,24 +27,27 @@ class _VocabularyLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_RH: Tensor, word_VH: Tensor, targets_R: Tensor) -> Tensor:
         lse, picked = [], []
+        ctx.dtype, ctx.word_VH = h_RH.dtype, word_VH
+        if widens(h_RH):
+            h_RH, word_VH = h_RH.float(), word_VH.float()
         for h, targets in zip(h_RH.split(CHUNK), targets_R.split(CHUNK), strict=True):
             logits = F.linear(h, word_VH).float()
             lse.append(logits.logsumexp(1))
             picked.append(logits.gather(1, targets[:, None])[:, 0])
         lse_R = torch.cat(lse)
         ctx.save_for_backward(h_RH, targets_R, lse_R)
-        ctx.word_VH = word_VH
         return torch.cat(picked) - lse_R
 
     @staticmethod
     def backward(ctx: Any, dlogp_R: Tensor) -> tuple[Tensor, None, None]:
         h_RH, targets_R, lse_R = ctx.saved_tensors
-        dh_RH = torch.empty_like(h_RH)
+        word_VH = ctx.word_VH.to(h_RH.dtype)
+        dh_RH = torch.empty_like(h_RH, dtype=ctx.dtype)
         for i in range(0, h_RH.shape[0], CHUNK):
             part = slice(i, i + CHUNK)
-            dlogits = (F.linear(h_RH[part], ctx.word_VH).float() - lse_R[part, None]).exp_().neg_()
+            dlogits = (F.linear(h_RH[part], word_VH).float() - lse_R[part, None]).exp_().neg_()
             dlogits.scatter_add_(1, targets_R[part, None], torch.ones_like(lse_R[part, None]))
-            dh_RH[part] = (dlogits * dlogp_R[part, None]).to(h_RH.dtype) @ ctx.word_VH
+            dh_RH[part] = (dlogits * dlogp_R[part, None]).to(h_RH.dtype) @ word_VH
         return dh_RH, None, None
 
 

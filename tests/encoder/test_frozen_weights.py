@@ -147,6 +147,17 @@ def test_placements_that_do_not_exist(tmp_path, placement, words):
         load_encoder(saved(tmp_path), **placement)
 
 
+def test_devices_that_are_not_there_and_dtypes_they_lack(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device 'cuda' is not there: torch sees no GPU; use device='cpu'"):
+        load_encoder(model, device="cuda")
+    for name, value in (("is_available", True), ("get_device_capability", (7, 5)), ("get_device_name", "Tesla T4")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with pytest.raises(ConfigError, match=r"Tesla T4 \(compute capability 7.5\) has no bfloat16; use dtype=torch.float16"):
+        load_encoder(model, device="cuda", dtype=torch.bfloat16)
+
+
 def test_a_model_in_memory_has_no_file_to_stream_from():
     with pytest.raises(ConfigError, match="safetensors"):
         load_encoder(tiny_model(), stream_weights="file")
