@@ -22,6 +22,7 @@ from ptv2_engine import __version__
 from ptv2_engine.cloze import ClozeHead
 from ptv2_engine.encoder import Encoder, Origin, load_encoder
 from ptv2_engine.encoder.checkpoints import open_safetensors
+from ptv2_engine.encoder.weights import check_placement
 from ptv2_engine.errors import AdapterError, AdapterMismatch, CheckpointError, ConfigError, OutputError, WeightError
 from ptv2_engine.prompt import PromptBank, PromptConfig
 
@@ -101,6 +102,7 @@ def config_of(model: PromptedModel, peft_only: bool = False) -> dict[str, Any]:
     if not peft_only:
         config["ptv2"] = {
             "version": __version__, "backbone": location, "backbone_hash": model.origin.weights_hash, "task": model.task,
+            "frozen_dtype": model.encoder.frozen_dtype,
             "pooler_hash": model.origin.pooler_hash if uses_frozen_pooler(model) else "",
             "id2label": model.id2label, "problem_type": model.problem_type, "pooler": model.pooler_kind,
             "shift_positions": model.shift_positions, "prompt": prompt.to_dict(), "tokenizer": location,
@@ -190,6 +192,7 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
     if settings["task"] != "sequence-classification":
         settings["pooler"] = "auto"
     settings |= own.get("cloze", {})
+    placement = {"frozen_dtype": own.get("frozen_dtype")} | placement          # the weights that the prompt was trained on
     encoder, origin = _load_backbone(folder, name, placement) if backbone is None else load_encoder(backbone, **placement)
     for part, theirs, ours in (("weights", hashes[0], origin.weights_hash), ("pooler", hashes[1], origin.pooler_hash)):
         if theirs and theirs != ours:
@@ -203,6 +206,7 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
 
 def _load_backbone(folder: Path, name: str, placement: dict[str, Any]) -> tuple[Encoder, Origin]:
     """The backbone an adapter names, or AdapterError saying how to pass another."""
+    check_placement(placement.get("frozen_dtype"), placement.get("stream_weights"))
     try:
         return load_encoder(name, **placement)
     except (ConfigError, WeightError) as error:

@@ -61,15 +61,16 @@ def _train(argv: list[str]) -> None:
 def _adapter_parser(name: str, text: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"ptv2 {name}", description=text)
     parser.add_argument("adapter", help="folder that training wrote")
+    add: Any = lambda flag, **options: parser.add_argument(*dict.fromkeys((flag, flag.replace("_", "-"))), **options)
     parser.add_argument("--backbone", help="hub id or folder, when the one the adapter names is elsewhere")
-    parser.add_argument("--text_columns", nargs="+", help="default: those of the training run")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--max_seq_length", type=int, help="default: that of the training run")
+    add("--text_columns", nargs="+", help="default: those of the training run")
+    add("--batch_size", type=int, default=64)
+    add("--max_seq_length", type=int, help="default: that of the training run")
     parser.add_argument("--device", default=None, help="default: cuda when there is one, else cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None)
-    parser.add_argument("--frozen_dtype", choices=["bf16", "int8", "fp8", "nf4"], default=None, help="of the layers' matrices")
-    parser.add_argument("--stream_weights", nargs="?", const="host", choices=["host", "file"], default=None,
-                        help="where the layers' matrices stay")
+    add("--frozen_dtype", choices=["none", "bf16", "int8", "fp8", "nf4"], default=None,
+        help="of the layers' matrices; default: that of the training run")
+    add("--stream_weights", choices=["host", "file"], default=None, help="where the layers' matrices stay")
     return parser
 
 

@@ -142,6 +142,8 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
     words = [word for name, values in merged.items() for word in (f"--{name}", *values)]
     try:
         return (*parser.parse_args_into_dataclasses(words), notes)
+    except ConfigError:
+        raise
     except ValueError as error:      # TrainingArguments checks its own fields
         raise ConfigError(f"{str(error).splitlines()[0]}; see ptv2 train --help.") from error
 
@@ -183,7 +185,7 @@ def _from_yaml(path: str) -> dict[str, list[str]]:
         raise ConfigError(f"--config {path} is not valid YAML ({str(error).splitlines()[0]}); correct it.") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"--config {path} must hold keys and values, such as 'learning_rate: 5e-3'.")
-    return {str(k): [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return {str(k).replace("-", "_"): [str(v) for v in value] if isinstance(value, list) else [str(value)]
             for k, value in loaded.items() if value is not None}
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,21 +18,29 @@ from ptv2_engine.encoder.layer import MEMORY
 from ptv2_engine.encoder.weights import FAMILIES, FROZEN_DTYPES, empty_encoder
 from ptv2_engine.errors import ConfigError, OutputError
 from ptv2_engine.memory import Plan, Planner, Setup, card_bytes, largest_batch, measure, options_of, ways_out
+from ptv2_engine.memory.fit import CARDS
 from ptv2_engine.memory.peers import PEERS, plan_peer
 from ptv2_engine.memory.report import draw, size, table, write_json
 from ptv2_engine.prompt import PromptConfig
 
 _SIZES = {"layers": "num_hidden_layers", "hidden_size": "hidden_size", "heads": "num_attention_heads",
           "ffn_size": "intermediate_size", "vocab_size": "vocab_size", "positions": "max_position_embeddings"}
+_LARGEST = 10_000_000
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see ptv2 memory --help.")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="ptv2 memory", description="Peak memory of a training step, without a GPU and without the weights: the engine's own "
-        "code is run on tensors that have sizes and no memory.")
+    made = _Parser(
+        prog="ptv2 memory", allow_abbrev=False, description="Peak memory of a training step, without a GPU and without the "
+        "weights: the engine's own code is run on tensors that have sizes and no memory.")
 
     def add(flag: str, *more: str, **options: Any) -> None:         # --batch-size and, as ptv2 train writes it, --batch_size
-        made.add_argument(flag, *more, *({flag, "--" + flag[2:].replace("-", "_")} - {flag}), **options)
+        names = dict.fromkeys(name for f in (flag, *more) for name in (f, "--" + f[2:].replace("-", "_")))
+        made.add_argument(*names, **options)
 
     add("--model", help="hub id, local folder, or a published GLM such as glm-10b")
     add("--family", choices=sorted(FAMILIES), help="in place of --model, with --layers, --hidden-size, ...")
@@ -40,11 +49,12 @@ def parser() -> argparse.ArgumentParser:
     add("--task", default="sequence-classification", choices=["sequence-classification", "token-classification", "cloze"])
     add("--num-labels", type=int, default=2)
     add("--batch-size", type=int, default=16)
-    add("--seq-len", type=int, default=512, help="real tokens of each sequence")
+    add("--seq-len", "--max-seq-length", type=int, help="real tokens of each sequence; default 512, or what the prompt leaves")
     add("--method", default="deep", choices=["deep", "shallow", "none"])
     add("--prompt-length", type=int, default=20)
     add("--prompt-layers", default="all")
     add("--reparameterization", default=None, choices=["mlp", "lstm"])
+    add("--no-shift-positions", action="store_true", help="tokens keep their positions beside a prompt")
     add("--memory", default="exact", choices=MEMORY, help="what layers keep for backward")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     add("--frozen-dtype", default=None, choices=FROZEN_DTYPES, help="of the layers' matrices; default: --dtype")
@@ -52,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
         help="layers' matrices stay in host memory, or in their file")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="planned for; it need not be there")
     add("--no-peers", action="store_true", help="leave out fine-tuning, LoRA and PEFT's prefix tuning")
-    add("--fit", metavar="CARD", help="the largest batch on a card: h100-80gb, a100-40gb, 24gb, ...")
-    add("--measure", action="store_true", help="also run the step with random weights on this machine's device")
+    add("--fit", metavar="CARD", help=f"the largest batch on a card: {', '.join(CARDS)}, or a size such as 24gb")
+    add("--measure", action="store_true", help="also run the step with random weights on --device")
     add("--output", metavar="FOLDER", help="write memory.json and memory.png there")
     return made
 
@@ -61,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
 def model_of(args: argparse.Namespace) -> str | dict[str, Any]:
     """What --model names, or the config that --family and sizes describe. Raises ConfigError."""
     sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
+    for name, value in sizes.items():
+        if not 1 <= value <= _LARGEST:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is no size of a model; use 1 to {_LARGEST:,}.")
     if (args.model is None) == (args.family is None):
         raise ConfigError("which model? Give --model NAME, or --family with --layers, --hidden-size, --heads; one of the two.")
     if args.model is not None:
@@ -82,18 +95,34 @@ def model_of(args: argparse.Namespace) -> str | dict[str, Any]:
 def setup_of(args: argparse.Namespace) -> Setup:
     prompt = PromptConfig(prompt_length=args.prompt_length, prompt_layers=args.prompt_layers, method=args.method,
                           reparameterization=args.reparameterization)
-    return Setup(model_of(args), args.batch_size, args.seq_len, prompt, args.task, args.num_labels, args.memory, args.dtype,
-                 args.frozen_dtype, args.stream_weights, args.device)
+    setup = Setup(model_of(args), args.batch_size, 512, prompt, args.task, args.num_labels, args.memory, args.dtype,
+                  args.frozen_dtype, args.stream_weights, args.device, shift_positions=not args.no_shift_positions)
+    if args.seq_len is not None:
+        return replace(setup, seq_len=args.seq_len)
+    return replace(setup, seq_len=max(min(512, setup.longest()), 1))
+
+
+def check(args: argparse.Namespace, setup: Setup) -> int | None:
+    """Raises ConfigError and its kin for anything wrong, before anything is planned or written; returns the card's bytes."""
+    setup.check()
+    limit = card_bytes(args.fit) if args.fit is not None else None
+    if args.measure and args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--measure needs the device that is planned for, but there is no GPU here; add --device cpu, or leave "
+                          "--measure out.")
+    if args.measure and args.stream_weights == "file":
+        raise ConfigError("--measure runs a model with random weights, which has no file to stream from; use --stream-weights "
+                          "host.")
+    if args.output is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--output draws a picture, but matplotlib is not installed; pip install 'ptv2_engine[train]', or leave "
+                          "--output out.")
+    return limit
 
 
 def run(argv: Sequence[str]) -> None:
     """Parse, plan, print; raises ConfigError and its kin before anything is written."""
     args = parser().parse_args(list(argv))
     setup = setup_of(args)
-    limit = card_bytes(args.fit) if args.fit else None
-    if args.measure and args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--measure needs the device that is planned for, but there is no GPU here; add --device cpu, or leave "
-                          "--measure out.")
+    limit = check(args, setup)
     folder, planner = _folder(args.output), Planner()
     plans, notes, found = compare(setup, planner, peers=not args.no_peers and args.device == "cuda")
     print(table(plans, on_cuda=args.device == "cuda"), end="")
@@ -105,11 +134,18 @@ def run(argv: Sequence[str]) -> None:
         found["measured"] = _measured(setup, plans[0])
     if folder is not None:
         settings = {name: value for name, value in vars(args).items() if name not in ("output", "no_peers", "measure")}
-        write_json(folder / "memory.json", settings, plans, found)
-        name = args.model or args.family
-        heading = f"{name}: {setup.batch_size} x {setup.seq_len} tokens, prompt {args.prompt_length}"
+        heading = f"{args.model or args.family}: {setup.batch_size} x {setup.seq_len} tokens, prompt {args.prompt_length}"
+        _write(folder, heading, settings | {"seq_len": setup.seq_len}, plans, found, limit)
+
+
+def _write(folder: Path, heading: str, settings: dict[str, Any], plans: list[Plan], found: dict[str, Any],
+           limit: int | None) -> None:
+    try:
         draw(folder / "memory.png", plans, heading, limit)
-        print(f"written: {folder / 'memory.json'}, {folder / 'memory.png'}")
+        write_json(folder / "memory.json", settings, plans, found)
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder} cannot be written ({error.strerror}); choose another --output.") from error
+    print(f"written: {folder / 'memory.json'}, {folder / 'memory.png'}")
 
 
 def compare(setup: Setup, planner: Planner, peers: bool) -> tuple[list[Plan], list[str], dict[str, Any]]:
@@ -144,8 +180,8 @@ def fit(setup: Setup, planner: Planner, planned: Plan, card: str, limit: int) ->
             host = f", and {size(other.host)} of host memory" if other.host else ""
             print(f"batch size {setup.batch_size} takes {size(planned.peak)}; it fits with {options}: {size(other.peak)}{host}")
             return result
-    print(f"batch size {setup.batch_size} fits with no option; use a smaller one with gradient accumulation (--auto_batch in "
-          "training)")
+    print(f"batch size {setup.batch_size} fits with no option; " + (
+        "use a smaller one with gradient accumulation (--auto_batch in training)" if best else "use a larger card"))
     return result
 
 
@@ -161,10 +197,9 @@ def _folder(output: str | None) -> Path | None:
         return None
     folder = Path(output)
     try:
+        if not output:
+            raise FileNotFoundError(errno.ENOENT, "it has no name")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"--output {folder} cannot be made ({error.strerror}); choose another folder.") from error
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--output draws a picture, but matplotlib is not installed; pip install 'ptv2_engine[train]', or leave "
-                          "--output out.")
+        raise OutputError(f"--output {output!r} cannot be made ({error.strerror}); choose another folder.") from error
     return folder

@@ -14,7 +14,7 @@ import torch
 
 from ptv2_engine.batches import PackedCollator
 from ptv2_engine.cli_train import SETTINGS, load_tokenizer, make_features
-from ptv2_engine.errors import DataError
+from ptv2_engine.errors import ConfigError, DataError
 from ptv2_engine.model import PromptedModel
 from ptv2_engine.packing import IGNORE
 from ptv2_engine.tasks.cloze import describe_pattern
@@ -37,8 +37,12 @@ class Predictor:
         folder = Path(args.adapter)
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
+        for name in ("batch_size", "max_seq_length"):
+            if (value := getattr(args, name)) is not None and value < 1:
+                raise ConfigError(f"--{name} {value} is below 1; use 1 or more.")
+        placement = {"frozen_dtype": None if args.frozen_dtype == "none" else args.frozen_dtype} if args.frozen_dtype else {}
         model = PromptedModel.from_adapter(folder, backbone=args.backbone, dtype=dtype, device=device,
-                                           frozen_dtype=args.frozen_dtype, stream_weights=args.stream_weights)
+                                           stream_weights=args.stream_weights, **placement)
         settings = _settings(folder, model)
         if args.text_columns:
             settings["text_columns"] = args.text_columns

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from ptv2_engine.adapter import replace_file
 from ptv2_engine.cli_args import DataArguments, ModelArguments, PromptArguments
 from ptv2_engine.encoder.checkpoints import model_config
+from ptv2_engine.encoder.weights import check_placement
 from ptv2_engine.errors import ConfigError, DataError
 from ptv2_engine.memory import Setup
 from ptv2_engine.model import PromptedModel
@@ -135,6 +136,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     """Train, save the adapter with its tokenizer and settings, and return the results that are also written."""
     if model_args.model_name_or_path is None:
         raise ConfigError("no backbone; give --model_name_or_path HUB_ID_OR_FOLDER.")
+    check_placement(model_args.frozen_dtype, model_args.stream_weights)
     cloze = cloze_settings(data_args)
     pattern = None if cloze is None else describe_pattern(cloze)
     tables, benchmark = load_tables(data_args)

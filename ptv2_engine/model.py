@@ -95,7 +95,7 @@ class PromptedModel(nn.Module):
     @classmethod
     def from_pretrained(cls, source: str | Path | nn.Module, *, task: str = "sequence-classification",
                         num_labels: int | None = None, prompt: PromptConfig | None = None,
-                        id2label: dict[int, str] | None = None, dtype: torch.dtype | None = None,
+                        id2label: dict[int, str] | None = None, dtype: torch.dtype | str | None = None,
                         device: str | torch.device = "cpu", memory: str = "exact", frozen_dtype: str | None = None,
                         stream_weights: str | None = None, **options: Any) -> PromptedModel:
         """A frozen backbone with a fresh prompt and head.
@@ -287,8 +287,9 @@ class PromptedModel(nn.Module):
     @classmethod
     def from_adapter(cls, folder: str | Path, *, backbone: str | Path | nn.Module | None = None,
                      **placement: Any) -> PromptedModel:
-        """Load an adapter and the backbone it names, or `backbone`. placement: dtype, device, memory, frozen_dtype,
-        stream_weights. Raises AdapterError, AdapterMismatch, CheckpointError, ConfigError."""
+        """Load an adapter and the backbone it names, or `backbone`. placement: dtype, device, memory, stream_weights, and
+        frozen_dtype, which the adapter remembers (None: the checkpoint's own weights). Raises AdapterError, AdapterMismatch,
+        CheckpointError, ConfigError."""
         from ptv2_engine.adapter import load
 
         memory = placement.pop("memory", "exact")

@@ -121,6 +121,8 @@ class Trainer(transformers.Trainer):
         if not known or not (check or auto_batch):
             return
         lengths = _lengths(dataset)
+        if args.per_device_train_batch_size < 1:
+            raise ConfigError(f"per_device_train_batch_size {args.per_device_train_batch_size} is below 1; use 1 or more.")
         if auto_batch:
             self.micro_batches = choose_micro_batch(model, args, lengths)
         elif check:

@@ -93,18 +93,20 @@ class Budget:
                 return count
         return 0
 
-    def check(self, what: str, batch: int = 0) -> None:
-        """Raises OutOfMemory, saying what would fit. batch: sequences that --auto_batch could divide, 0: it does not help."""
-        plan = self.plan(self.setup)
-        if plan is None or plan.peak <= self.limit:
-            return
+    def refusal(self, what: str, batch: int = 0) -> str:
+        """The sentence that says what would fit. batch: sequences that --auto_batch could divide, 0: it does not help."""
         ways = [options_of(changed, self.setup) for changed, other in ways_out(self.setup, self.planner)
                 if other.peak <= self.limit][:1]
         pieces = self.largest_piece(batch)
         ways.append(f"--auto_batch (micro-batches of {pieces})" if pieces else
                     "a smaller model, a shorter prompt, or another device")
-        raise OutOfMemory(f"{what} takes {size(plan.peak)} by plan, but {size(self.limit)} are free for it on {self.device}; use "
-                          f"{', or '.join(ways)}.")
+        return f"{what}, but {size(self.limit)} are free for it on {self.device}; use {', or '.join(ways)}."
+
+    def check(self, what: str, batch: int = 0) -> None:
+        """Raises OutOfMemory, saying what would fit, where the plan is over the limit."""
+        plan = self.plan(self.setup)
+        if plan is not None and plan.peak > self.limit:
+            raise OutOfMemory(self.refusal(f"{what} takes {size(plan.peak)} by plan", batch))
 
 
 def check_fits(model: PromptedModel, lengths: Sequence[int], device: torch.device, accumulates: bool) -> None:
@@ -126,16 +128,14 @@ def check_model_fits(setup: Setup, device: torch.device) -> None:
 def choose_micro_batch(model: PromptedModel, args: TrainingArguments, lengths: Sequence[int]) -> int:
     """Lower args.per_device_train_batch_size to what fits, and raise gradient_accumulation_steps by the same factor, which is
     returned: the batch that an optimizer step sees stays the same. Raises OutOfMemory."""
-    batch = args.per_device_train_batch_size
-    worst = sorted(lengths, reverse=True)[:batch]
-    worst += worst[-1:] * (batch - len(worst))                     # a data set smaller than the batch
+    batch = min(args.per_device_train_batch_size, len(lengths))
+    worst = tuple(sorted(lengths, reverse=True)[:batch])
     setup = setup_of(model, worst, args.device, args.gradient_accumulation_steps > 1)
     budget = Budget(setup, available(args.device, model), args.device)
     fits = budget.largest_piece(batch)
     if not fits:
-        raise OutOfMemory(f"not even one sequence of {worst[0]} tokens fits into the {size(budget.limit)} that are free on "
-                          f"{args.device}; use --memory minimal, --frozen_dtype int8, --stream_weights host, or shorter "
-                          "sequences.")
+        alone = Budget(replace(setup, lengths=worst[:1], accumulates=batch > 1 or setup.accumulates), budget.limit, args.device)
+        raise OutOfMemory(alone.refusal(f"not even one sequence of {worst[0]} tokens fits"))
     if fits < batch:
         _log.warning("auto_batch: micro-batches of %d, accumulated %d times, make the batch of %d", fits, batch // fits, batch)
         args.gradient_accumulation_steps *= batch // fits

@@ -197,6 +197,22 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path, capsys):
     assert (tmp_path / "out" / "memory.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_default_length_is_what_the_prompt_leaves(capsys):
+    code, out, _ = run(capsys, "--family", "bert", "--layers", "2", "--hidden-size", "64", "--heads", "4", "--prompt-length", "30",
+                       "--no-peers", "--fit", "24gib")
+    assert code == 0 and "the largest batch is" in out
+    assert int(out.split("the largest batch is ")[1].split()[0]) * 482 == int(out.split("(")[-1].split()[0].replace(",", ""))
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "memory.png").mkdir()
+    code, _, err = run(capsys, "--family", "bert", "--layers", "2", "--hidden-size", "64", "--heads", "4", "--no-peers",
+                       "--output", str(tmp_path))
+    assert code == 2 and "memory.png cannot be written" in err and not (tmp_path / "memory.json").exists()
+    code, _, err = run(capsys, "--model", "glm-2b", "--seq-len", "5000", "--output", str(tmp_path / "new"))
+    assert code == 2 and not (tmp_path / "new").exists()
+
+
 @native
 def test_the_command_measures(capsys):
     code, out, _ = run(capsys, "--family", "bert", "--layers", "3", "--hidden-size", "64", "--heads", "4", "--vocab-size", "300",
@@ -214,6 +230,15 @@ def test_the_command_measures(capsys):
     (["--family", "bert", "--hidden-size", "96", "--heads", "2", "--layers", "1"], "heads of 48 have no kernel on a GPU"),
     (["--family", "glm", "--ffn-size", "64"], "--ffn-size 64 does not fit --family glm"),
     (["--model", "glm-2b", "--fit", "t4-16gb"], "card 't4-16gb' is older than the kernels take"),
+    (["--model", "glm-2b", "--fit", ""], "card '' is not known"), (["--model", "glm-2b", "--fit", "\u00b2gb"], "is not known"),
+    (["--model", "glm-2b", "--batch-size", "-4"], "batch size -4 is below 1"),
+    (["--family", "glm", "--heads", "0"], "--heads 0 is no size of a model; use 1 to 10,000,000"),
+    (["--model", "glm-2b", "--output", ""], "--output '' cannot be made"),
+    (["--model", "glm-2b", "--stream-weights", "disk"], "invalid choice: 'disk'"),
+    (["--model", "glm-2b", "--batch", "4"], "unrecognized arguments: --batch"),
+    (["--model", "glm-2b", "--device", "cpu", "--measure", "--stream-weights", "file"], "no file to stream from"),
+    (["--family", "bert", "--device", "cpu", "--dtype", "float16", "--layers", "1", "--hidden-size", "64", "--heads", "4"],
+     "float16 on cpu has no kernels for this model and runs in plain PyTorch"),
 ])
 def test_the_command_refuses_in_a_sentence(capsys, words, message):
     code, out, err = run(capsys, *words)

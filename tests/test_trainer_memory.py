@@ -143,8 +143,13 @@ def test_auto_batch_keeps_the_batch(tmp_path, monkeypatch):
     assert trainer.pieces == 1 and trainer.state.global_step == 3
     torch.testing.assert_close(trained(automatic), trained(plain), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(trainer_memory, "available", lambda *_: 1000)
-    with pytest.raises(OutOfMemory, match="not even one sequence of 17 tokens fits"):
+    with pytest.raises(OutOfMemory, match="not even one sequence of 17 tokens fits, but 0.0 MiB are free .* use a smaller model"):
         trainer_of(tmp_path / "c", automatic, batch=8, auto_batch=True)
+    with pytest.raises(ConfigError, match="per_device_train_batch_size 0 is below 1"):
+        trainer_of(tmp_path / "d", automatic, batch=0, auto_batch=True)
+    monkeypatch.setattr(trainer_memory, "available", lambda *_: 2**50)
+    large = trainer_of(tmp_path / "e", automatic, batch=10**6, auto_batch=True)          # more than there are examples
+    assert large.args.gradient_accumulation_steps == 1
 
 
 def test_auto_batch_needs_lengths(tmp_path):
@@ -189,8 +194,9 @@ def test_placements_train_save_and_load(tmp_path, placement):
     trainer_of(tmp_path / "run", model).train()
     assert not torch.equal(trained(model), before)
     model.save_pretrained(tmp_path / "adapter")
-    placement.pop("memory", None)
+    placement.pop("frozen_dtype", None)                 # the adapter knows
     again = PromptedModel.from_adapter(tmp_path / "adapter", **placement)
+    assert again.encoder.frozen_dtype == model.encoder.frozen_dtype and again.encoder.memory == placement.get("memory", "exact")
     batch = padded_batch([4, 9])
     torch.testing.assert_close(again(**batch).logits, model.eval()(**batch).logits)
 

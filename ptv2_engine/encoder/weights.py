@@ -138,7 +138,7 @@ def empty_encoder(config: Mapping[str, Any]) -> Encoder:
     return getattr(family, "ENCODER", Encoder)(family.read_config(config), bool(family.POOLER))
 
 
-def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu",
                  frozen_dtype: str | None = None, stream_weights: str | None = None) -> tuple[Encoder, Origin]:
     """Load a frozen encoder.
 
@@ -155,7 +155,10 @@ def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = 
         missing, unknown or mis-shaped. CheckpointError: a corrupt file or an unsafe pickle.
     """
     check_placement(frozen_dtype, stream_weights)
-    check_device(torch.device(device), dtype)
+    device, dtype = check_device(device, dtype)
+    if stream_weights == "file" and isinstance(source, nn.Module):
+        raise ConfigError("stream_weights 'file' reads memory-mapped safetensors, but the source is a model in memory; pass its "
+                          "folder or hub id.")
     checkpoint = open_checkpoint(source)
     if stream_weights == "file" and not isinstance(checkpoint, SafetensorsFiles):
         raise ConfigError(f"stream_weights 'file' reads memory-mapped safetensors, but {checkpoint.location} is none; save it as "
@@ -168,7 +171,6 @@ def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = 
     table = family.names(config) | (family.POOLER if with_pooler else {})
     _check_names(checkpoint.location, _needed(table), pooler | set(getattr(family, "UNUSED", ())), found)
 
-    device = torch.device(device)
     dtype = dtype or _pick_dtype(checkpoint, found[table["embeddings.word"].names[0]])
     encoder: Encoder = getattr(family, "ENCODER", Encoder)(config, with_pooler)
     if stream_weights == "file":
@@ -179,7 +181,8 @@ def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | None = 
             for name in sources[linear].names:
                 checkpoint.let_go(found[name])
 
-        encoder.stream = start_stream(FileBlocks([layout_of(layer, dtype) for layer in encoder.layers], write), device)
+        kept = torch.bfloat16 if frozen_dtype == "bf16" else dtype
+        encoder.stream = start_stream(FileBlocks([layout_of(layer, kept) for layer in encoder.layers], write), device)
 
     def value(name: str, shape: torch.Size) -> Tensor:
         return _assemble(checkpoint, table[name], found, shape, dtype, device)
@@ -200,8 +203,7 @@ def random_encoder(config: Mapping[str, Any], *, dtype: torch.dtype = torch.floa
     if stream_weights == "file":
         raise ConfigError("stream_weights 'file' needs a checkpoint's files, but random weights have none; use "
                           "stream_weights='host'.")
-    encoder, device = empty_encoder(config), torch.device(device)
-    check_device(device, dtype)
+    encoder, (device, _) = empty_encoder(config), check_device(device, dtype)
     std = encoder.config.initializer_range
 
     def value(name: str, shape: torch.Size) -> Tensor:
@@ -220,21 +222,30 @@ def check_placement(frozen_dtype: str | None, stream_weights: str | None) -> Non
                           "out and set dtype.")
     if stream_weights not in (None, "host", "file"):
         raise ConfigError(f"stream_weights {stream_weights!r} does not exist; choose 'host' or 'file', or leave it out.")
-    if stream_weights == "file" and frozen_dtype is not None:
+    if stream_weights == "file" and frozen_dtype in KINDS:
         raise ConfigError(f"frozen_dtype {frozen_dtype!r} has to be encoded before it can be streamed, but stream_weights 'file' "
                           "reads the checkpoint's own weights each time; use stream_weights='host'.")
 
 
-def check_device(device: torch.device, dtype: torch.dtype | None) -> None:
-    """Raises ConfigError for a device that is not there, or a dtype that it lacks."""
+def check_device(device: str | torch.device, dtype: torch.dtype | str | None) -> tuple[torch.device, torch.dtype | None]:
+    """Both as torch's own. Raises ConfigError for a device or a dtype that is not there, or a dtype that the device lacks."""
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} does not exist; use 'cpu', 'cuda' or 'cuda:1'.") from error
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, (torch.dtype, type(None))) or isinstance(dtype, str) and found is None:
+        raise ConfigError(f"dtype {dtype!r} does not exist; use 'bfloat16', 'float32' or 'float16'.")
+    dtype = found
     if device.type != "cuda":
-        return
+        return device, dtype
     if not torch.cuda.is_available():
         raise ConfigError(f"device {str(device)!r} is not there: torch sees no GPU; use device='cpu' (--use_cpu).")
     major, minor = torch.cuda.get_device_capability(device)
     if dtype == torch.bfloat16 and major < 8:
         raise ConfigError(f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no bfloat16; use "
                           "dtype=torch.float16 or float32, or a card of capability 8.0.")
+    return device, dtype
 
 
 def _leave_in_file(encoder: Encoder, table: dict[str, Source], checkpoint: Checkpoint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,11 +21,11 @@ RESERVE = 0.03           # of a card: blocks that the allocator cannot use, in f
 def card_bytes(name: str) -> int:
     """Bytes a step may take on a card of this name or size: without the context and RESERVE. Raises ConfigError."""
     key = name.lower()
-    gigabytes = key.removesuffix("gb").removesuffix("g")
+    size = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)(gib|gb|g|)", key, re.ASCII)
     if key in CARDS:
         total = CARDS[key] << 20
-    elif gigabytes.replace(".", "", 1).isdigit() and float(gigabytes) > 0:
-        total = int(float(gigabytes) * 1e9)
+    elif size and float(size[1]) > 0:
+        total = int(float(size[1]) * (2**30 if size[2] == "gib" else 1e9))
     elif key.partition("-")[0] in TOO_OLD:
         raise ConfigError(f"card {name!r} is older than the kernels take (Triton and bfloat16 need compute capability 8.0); "
                           f"use one of {', '.join(CARDS)}.")

@@ -12,6 +12,7 @@ element (on the CPU it would keep the activation's dtype), and autocast computes
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ptv2_engine.encoder import EncoderConfig
-from ptv2_engine.memory.planner import CUBLAS_WORKSPACE, CUDA_CONTEXT, Plan, track
+from ptv2_engine.memory.planner import CUBLAS_WORKSPACE, CUDA_CONTEXT, Plan, track, warm_up
 from ptv2_engine.memory.setup import Setup
 from ptv2_engine.memory.tracker import OPTIMIZER, PROMPTS, WEIGHTS, MemoryTracker
 
@@ -66,12 +67,16 @@ def _stock() -> Iterator[None]:
         (nn.Module, "to", lambda self, *_, **__: self), (F, "dropout", _dropout), (F, "layer_norm", _wide(F.layer_norm)),
         (F, "softmax", _wide(F.softmax))]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in swaps]
+    log = logging.getLogger("torch._subclasses.fake_tensor")            # tells at length of what is tried and does not run
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         for owner, name, new in swaps:
             setattr(owner, name, new)
         with mode, no_init_weights():
             yield
     finally:
+        log.setLevel(level)
         for owner, name, old in before:
             setattr(owner, name, old)
 
@@ -175,7 +180,7 @@ def _count(setup: Setup, sizes: EncoderConfig, peer: str, autocast: bool) -> Pla
     with warnings.catch_warnings(), _stock():
         warnings.simplefilter("ignore")             # of code that asks fake tensors where they are
         workload = StockWorkload(setup, sizes, peer, autocast)
-        workload.step(workload.batch())
+        warm_up(workload, packs=False)
         with tracker:
             peak = track(workload, tracker)
     parts = {name: size for name, size in peak.parts.items() if size}

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ptv2_engine.encoder.weights import random_encoder
+from ptv2_engine.errors import ConfigError
 from ptv2_engine.memory.setup import DTYPES, Setup, title_of
 from ptv2_engine.memory.tracker import (
     BATCH,
@@ -85,7 +86,8 @@ class Workload:
         B, S, T = len(lengths), max(lengths), sum(lengths)
         where: dict[str, Any] = {"dtype": torch.long, "device": self.device}
         shape: tuple[int, ...] = (B, S) if self.setup.task == "token-classification" else (B,)
-        made = {"input_ids": torch.full((T,), 5, **where), "seq_lengths": torch.tensor(lengths, **where), "max_seqlen": S,
+        token = min(5, self.model.encoder.config.vocab_size - 1)
+        made = {"input_ids": torch.full((T,), token, **where), "seq_lengths": torch.tensor(lengths, **where), "max_seqlen": S,
                 "labels": torch.zeros(shape, **where)}
         if self.setup.task == "cloze":
             made["causal_from"] = torch.full((B,), max(min(lengths) - 1, 0), **where)
@@ -146,6 +148,17 @@ def track(workload: Any, tracker: MemoryTracker, steps: int = 1) -> Peak:
     return tracker.peak
 
 
+def warm_up(workload: Any, packs: bool) -> None:
+    """What only a first step makes: the optimizer's state and, where weights are packed, their copies."""
+    if packs:
+        workload.step(workload.batch())
+        return
+    for p in workload.parameters:
+        p.grad = torch.zeros_like(p)
+    workload.optimizer.step()
+    workload.optimizer.zero_grad(set_to_none=True)
+
+
 class Planner:
     """Makes plans, and keeps the fake models: plans that differ in batch and memory policy share one."""
 
@@ -156,15 +169,24 @@ class Planner:
     def plan(self, setup: Setup) -> Plan:
         """Predict the peak memory of a training step. Raises ConfigError, SequenceTooLong, WeightError."""
         setup.check()
+        try:
+            return self._plan(setup)
+        except DataDependentOutputException as error:           # plain PyTorch reads lengths back
+            raise ConfigError(f"{setup.dtype} on {setup.device} has no kernels for this model and runs in plain PyTorch, which "
+                              "is not planned; choose another dtype or device (ptv2 info says what runs).") from error
+
+    def _plan(self, setup: Setup) -> Plan:
         tracker = MemoryTracker(512 if setup.device == "cuda" else 64)
         with self.mode, planned_for(setup.device):
             workload = self._workload(setup)
             workload.turn_to(setup)
             workload.tracker = tracker
-            with tracker:
-                peak = track(workload, tracker)
-                host = tracker.totals.get(HOST, 0) if setup.stream_weights == "host" else 0
-            workload.tracker = None
+            try:
+                with tracker:
+                    peak = track(workload, tracker)
+            finally:
+                workload.tracker = None
+        host = tracker.totals.get(HOST, 0) if setup.stream_weights == "host" else 0
         parts = {name: size for name, size in peak.parts.items() if size and name != HOST}
         if setup.device == "cpu" and host:                # the device's memory is the host's
             parts[HOST], host = host, 0
@@ -181,7 +203,7 @@ class Planner:
         found = next((workload for known, workload in self.workloads if known == key), None)
         if found is None:
             found = Workload(key, torch.device("cpu"))
-            found.step(found.batch())
+            warm_up(found, packs=setup.device == "cpu")
             found.label_layers()
             self.workloads.append((key, found))
         return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ptv2_engine.encoder import EncoderConfig
 from ptv2_engine.encoder.checkpoints import model_config
 from ptv2_engine.encoder.layer import MEMORY
 from ptv2_engine.encoder.weights import check_placement, empty_encoder
@@ -54,6 +55,17 @@ class Setup:
         """Tokens of each sequence."""
         return [self.seq_len] * self.batch_size if self.lengths is None else list(self.lengths)
 
+    def longest(self) -> int:
+        """The longest sequence that the positions hold beside the prompt; a million where any length goes."""
+        config = empty_encoder(self.config()).config
+        return config.max_length(*self._positions(config)) if config.absolute_positions else 1_000_000
+
+    def _positions(self, config: EncoderConfig) -> tuple[int, bool]:
+        """The prompt's length, and whether it takes positions."""
+        method = self.prompt.method
+        return (0 if method == "none" else self.prompt.prompt_length,
+                config.shifts_positions and self.shift_positions and method == "deep" or method == "shallow")
+
     def check(self) -> None:
         """Raises ConfigError or SequenceTooLong for a step that cannot be run."""
         for name, value, known in (("memory", self.memory, MEMORY), ("dtype", self.dtype, tuple(DTYPES)),
@@ -61,10 +73,11 @@ class Setup:
             if value not in known:
                 raise ConfigError(f"{name} {value!r} does not exist; choose one of {', '.join(known)}.")
         check_placement(self.frozen_dtype, self.stream_weights)
-        for name, number in (("batch size", len(self.sequences())), ("sequence length", min(self.sequences(), default=1))):
+        sequences = self.batch_size if self.lengths is None else len(self.lengths)
+        for name, number in (("batch size", sequences), ("sequence length", min(self.sequences(), default=1))):
             if number < 1:
                 raise ConfigError(f"{name} {number} is below 1; use 1 or more.")
-        config, prompt = empty_encoder(self.config()).config, self.prompt
+        config = empty_encoder(self.config()).config
         if self.device == "cuda" and config.head_dim not in TRITON_HEAD_DIMS:
             sizes = ", ".join(map(str, TRITON_HEAD_DIMS))
             raise ConfigError(f"heads of {config.head_dim} have no kernel on a GPU (there are {sizes}) and run in plain PyTorch, "
@@ -72,9 +85,8 @@ class Setup:
         if self.device == "cuda" and (missing := triton_unavailable()):
             raise ConfigError(f"a plan for a GPU runs the launchers of its kernels, but {missing}; pip install "
                               "'ptv2_engine[gpu]', or plan for --device cpu.")
-        takes = config.shifts_positions and self.shift_positions and prompt.method == "deep" or prompt.method == "shallow"
-        config.check_length(max(self.sequences()), 0 if prompt.method == "none" else prompt.prompt_length, takes)
-        prompt.layers(config.num_layers)
+        config.check_length(max(self.sequences()), *self._positions(config))
+        self.prompt.layers(config.num_layers)
 
 
 def title_of(setup: Setup) -> str:

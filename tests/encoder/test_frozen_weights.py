@@ -141,6 +141,7 @@ def test_dtype_moves_leave_codes_alone(tmp_path):
     ({"frozen_dtype": "int3"}, "frozen_dtype 'int3' does not exist"),
     ({"stream_weights": "disk"}, "stream_weights 'disk' does not exist"),
     ({"stream_weights": "file", "frozen_dtype": "int8"}, "use stream_weights='host'"),
+    ({"device": "tpux"}, "device 'tpux' does not exist"), ({"dtype": "bfloat17"}, "dtype 'bfloat17' does not exist"),
 ], ids=str)
 def test_placements_that_do_not_exist(tmp_path, placement, words):
     with pytest.raises(ConfigError, match=words):
@@ -228,9 +229,13 @@ def test_bf16_beside_an_fp32_computation(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     same = build(source, frozen_dtype="bf16", dtype=torch.bfloat16)          # bf16 in bf16 is a plain weight
     assert same.encoder.layers[0].qkv.held is None
-    streamed = build(source, frozen_dtype="bf16", stream_weights="host")
-    for a, b in zip(outcome(streamed), outcome(half), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for where in ("host", "file"):
+        streamed = build(source, frozen_dtype="bf16", stream_weights=where)
+        assert streamed.encoder.stream.slots[0].block.numel() < 2.1 * sum(
+            linear.out_features * linear.in_features for _, linear in matrices(streamed.encoder.layers[0]))
+        for a, b in zip(outcome(streamed), outcome(half), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert build(source, dtype="bfloat16").dtype == torch.bfloat16
 
 
 def test_a_streamed_model_is_not_copied(tmp_path):
