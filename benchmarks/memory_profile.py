@@ -33,6 +33,7 @@ from ptv2_engine.errors import PTV2Error
 from ptv2_engine.memory import Planner, Setup, card_bytes, largest_batch, measure
 from ptv2_engine.memory.peers import PEERS, StockWorkload, plan_peer
 from ptv2_engine.memory.planner import Workload
+from ptv2_engine.ops import KINDS
 from ptv2_engine.ops.frozen_linear import multiplies_bf16
 
 POLICIES, FROZEN = ("exact", "lean", "minimal"), (None, "int8", "nf4")
@@ -132,7 +133,8 @@ def measure_all(args: argparse.Namespace) -> None:
     device, planner, rows = torch.device(args.device), Planner(), []
     base = Setup(args.model, max(args.tokens // args.seq_len, 1), args.seq_len, PromptConfig(args.prompt_length),
                  device=device.type)
-    wanted = [replace(base, memory=memory, frozen_dtype=frozen, stream_weights=stream)
+    wanted = [replace(base, memory=memory, frozen_dtype=None if frozen == "none" else frozen,
+                      stream_weights=None if stream == "none" else stream)
               for frozen in args.frozen for stream in args.stream for memory in args.memory]
     for setup in wanted:
         plan = planner.plan(setup)
@@ -155,21 +157,25 @@ def measure_all(args: argparse.Namespace) -> None:
 
 def measure_peer(setup: Setup, peer: str, device: torch.device) -> dict[str, Any]:
     """A peer's peak on the device and its tokens/s, on the largest batch that fits, halved from the setup's."""
+    def run(smaller: Setup) -> dict[str, Any]:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.device(device):
+            workload = StockWorkload(smaller, empty_encoder(setup.config()).config, peer, autocast=False)
+            batch = workload.batch()
+        took = seconds(lambda: workload.step(batch), device, 3)
+        return {"peer": peer, "batch_size": smaller.batch_size, "measured": torch.cuda.max_memory_allocated() - before,
+                "tokens_per_s": smaller.batch_size * setup.seq_len / took}
+
     for batch_size in (setup.batch_size >> i for i in range(setup.batch_size.bit_length())):
         try:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            smaller = replace(setup, batch_size=batch_size)
-            with torch.device(device):
-                workload = StockWorkload(smaller, empty_encoder(setup.config()).config, peer, autocast=False)
-                batch = workload.batch()
-            took = seconds(lambda w=workload, b=batch: w.step(b), device, 3)
-            return {"peer": peer, "batch_size": batch_size, "measured": torch.cuda.max_memory_allocated(),
-                    "tokens_per_s": batch_size * setup.seq_len / took}
+            return run(replace(setup, batch_size=batch_size))
         except torch.OutOfMemoryError:
-            gc.collect()
+            pass
         except (RuntimeError, ValueError, TypeError, ImportError) as error:
             return {"peer": peer, "why_not": str(error).splitlines()[0]}
+        gc.collect()                                    # the model that was too large goes before the next is made
+        torch.cuda.empty_cache()
     return {"peer": peer, "why_not": "not even one sequence fits"}
 
 
@@ -195,8 +201,8 @@ def main() -> None:
     run.add_argument("--prompt-length", type=int, default=128)
     run.add_argument("--rounds", type=int, default=3, help="timed steps; 0 measures memory only")
     run.add_argument("--memory", nargs="+", default=list(POLICIES), choices=POLICIES)
-    run.add_argument("--frozen", nargs="+", default=[None, "int8"], type=lambda word: None if word == "none" else word)
-    run.add_argument("--stream", nargs="+", default=[None, "host"], type=lambda word: None if word == "none" else word)
+    run.add_argument("--frozen", nargs="+", default=["none", "int8"], choices=["none", *KINDS])
+    run.add_argument("--stream", nargs="+", default=["none", "host"], choices=["none", "host"])
     docs = commands.add_parser("docs")
     docs.add_argument("--file", type=Path, default=Path(__file__).parents[1] / "docs/memory-at-10b.md")
     args = parser.parse_args()

@@ -14,13 +14,14 @@ MARKER = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def rewrite(file: Path, results: Path) -> None:
-    """Put each table between its markers; every file of results that a table comes from is named under it."""
+    """Put each table between its markers; the run that a table comes from is named under it."""
     plan = json.loads((results / "memory-plan-glm-10b.json").read_text())
     profiles = [json.loads(f.read_text()) for f in sorted(results.glob("*/memory-profile-*.json"))]
-    accuracy = json.loads((results / "memory-accuracy.json").read_text())
     tables = {"planned": planned(plan), "lengths": by_length(plan), "most": most(plan), "peers": peers(plan),
-              "measured": "\n".join(measured(profile) for profile in profiles), "accuracy": accuracies(accuracy)}
-    file.write_text(MARKER.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n{m[3]}", file.read_text()))
+              "measured": "\n".join(measured(profile) for profile in profiles)}
+    if (accuracy := results / "memory-accuracy.json").is_file():
+        tables["accuracy"] = accuracies(json.loads(accuracy.read_text()))
+    file.write_text(MARKER.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n{m[3]}" if m[2] in tables else m[0], file.read_text()))
     picture(file.with_suffix(".png"), plan)
     print(f"written: {file}, {file.with_suffix('.png')}")
 

@@ -192,7 +192,11 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
     if settings["task"] != "sequence-classification":
         settings["pooler"] = "auto"
     settings |= own.get("cloze", {})
-    placement = {"frozen_dtype": own.get("frozen_dtype")} | placement          # the weights that the prompt was trained on
+    if (kind := own.get("frozen_dtype")) is not None and "frozen_dtype" not in placement:
+        if placement.get("stream_weights") == "file":
+            raise ConfigError(f"{folder} was trained on {kind} weights, which cannot be streamed from a file; use "
+                              "stream_weights='host', or frozen_dtype=None (--frozen_dtype none) for the checkpoint's own.")
+        placement = placement | {"frozen_dtype": kind}
     encoder, origin = _load_backbone(folder, name, placement) if backbone is None else load_encoder(backbone, **placement)
     for part, theirs, ours in (("weights", hashes[0], origin.weights_hash), ("pooler", hashes[1], origin.pooler_hash)):
         if theirs and theirs != ours:

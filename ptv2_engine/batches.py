@@ -107,15 +107,16 @@ class TokenBalancedBatchSampler(Sampler[list[int]]):
         lengths: tokens of each example. batch_size: examples in a batch. shuffle: False keeps the given order, unbalanced.
         mega: most batches in a mega-batch. drop_last: leave out an incomplete last batch. set_epoch(e) seeds an epoch's order.
         pieces: a divisor of batch_size; each batch comes as that many micro-batches of batch_size / pieces examples. Which
-        examples make a batch does not depend on it.
+        examples make a batch does not depend on it. self.batch_size is the micro-batch's, where accelerate looks for it.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, *, shuffle: bool = True, seed: int = 0, mega: int = 16,
                  drop_last: bool = False, pieces: int = 1) -> None:
         if batch_size < 1:
             raise DataError(f"batch size {batch_size} is below 1; pass --per_device_train_batch_size 1 or more.")
-        self.lengths, self.batch_size, self.shuffle, self.seed = list(lengths), batch_size, shuffle, seed
+        self.lengths, self.whole, self.shuffle, self.seed = list(lengths), batch_size, shuffle, seed
         self.mega, self.drop_last, self.epoch, self.pieces = mega, drop_last, 0, pieces
+        self.batch_size = batch_size // pieces
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -126,28 +127,27 @@ class TokenBalancedBatchSampler(Sampler[list[int]]):
         return self
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.lengths), self.batch_size)
-        return full * self.pieces + (self._pieces_of(rest) if rest and not self.drop_last else 0)
-
-    def _pieces_of(self, count: int) -> int:
-        return -(-count * self.pieces // self.batch_size)
+        full, rest = divmod(len(self.lengths), self.whole)
+        return full * self.pieces + (0 if self.drop_last else -(-rest // self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._batches():
-            pieces = self._pieces_of(len(batch))
-            yield from (batch[i::pieces] for i in range(pieces))            # dealt longest first: every piece gets its share
+            if len(batch) == self.whole:                    # dealt longest first: every piece gets its share
+                yield from (batch[i::self.pieces] for i in range(self.pieces))
+            else:                                           # only the very last may be smaller
+                yield from (batch[i:i + self.batch_size] for i in range(0, len(batch), self.batch_size))
 
     def _batches(self) -> Iterator[list[int]]:
         count = len(self.lengths)
         if not self.shuffle:
-            last = count // self.batch_size * self.batch_size if self.drop_last else count
-            yield from (list(range(i, min(i + self.batch_size, count))) for i in range(0, last, self.batch_size))
+            last = count // self.whole * self.whole if self.drop_last else count
+            yield from (list(range(i, min(i + self.whole, count))) for i in range(0, last, self.whole))
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(count, generator=generator).tolist()
-        full = count // self.batch_size * self.batch_size
+        full = count // self.whole * self.whole
         # at least four mega-batches, so that a small data set is not dealt into the same batches every epoch
-        step = self.batch_size * max(1, min(self.mega, full // self.batch_size // 4))
+        step = self.whole * max(1, min(self.mega, full // self.whole // 4))
         for start in range(0, full, step):
             dealt = self._deal(order[start:min(start + step, full)])
             yield from (dealt[i] for i in torch.randperm(len(dealt), generator=generator).tolist())
@@ -155,10 +155,10 @@ class TokenBalancedBatchSampler(Sampler[list[int]]):
             yield order[full:]
 
     def _deal(self, examples: list[int]) -> list[list[int]]:
-        batches: list[list[int]] = [[] for _ in range(len(examples) // self.batch_size)]
+        batches: list[list[int]] = [[] for _ in range(len(examples) // self.whole)]
         tokens = [0] * len(batches)
         for example in sorted(examples, key=lambda i: -self.lengths[i]):
-            open_batches = [b for b in range(len(batches)) if len(batches[b]) < self.batch_size]
+            open_batches = [b for b in range(len(batches)) if len(batches[b]) < self.whole]
             lightest = min(open_batches, key=lambda b: tokens[b])
             batches[lightest].append(example)
             tokens[lightest] += self.lengths[example]

@@ -150,9 +150,12 @@ def _write(folder: Path, heading: str, settings: dict[str, Any], plans: list[Pla
 
 def compare(setup: Setup, planner: Planner, peers: bool) -> tuple[list[Plan], list[str], dict[str, Any]]:
     """The setup, the other memory policies, and what others would take."""
-    plans = [planner.plan(setup)]
-    plans += [planner.plan(replace(setup, memory=policy)) for policy in MEMORY if policy != setup.memory]
-    notes = []
+    plans, notes = [planner.plan(setup)], []
+    for policy in (p for p in MEMORY if p != setup.memory):
+        try:
+            plans.append(planner.plan(replace(setup, memory=policy)))
+        except ConfigError as error:
+            notes.append(str(error))
     if peers:
         sizes = empty_encoder(setup.config()).config
         for peer in PEERS:

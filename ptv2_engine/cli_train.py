@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from ptv2_engine.adapter import replace_file
 from ptv2_engine.cli_args import DataArguments, ModelArguments, PromptArguments
 from ptv2_engine.encoder.checkpoints import model_config
+from ptv2_engine.encoder.layer import MEMORY
 from ptv2_engine.encoder.weights import check_placement
 from ptv2_engine.errors import ConfigError, DataError
 from ptv2_engine.memory import Setup
@@ -137,6 +138,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     if model_args.model_name_or_path is None:
         raise ConfigError("no backbone; give --model_name_or_path HUB_ID_OR_FOLDER.")
     check_placement(model_args.frozen_dtype, model_args.stream_weights)
+    if model_args.memory not in MEMORY:
+        raise ConfigError(f"--memory {model_args.memory!r} does not exist; choose one of {', '.join(MEMORY)}.")
     cloze = cloze_settings(data_args)
     pattern = None if cloze is None else describe_pattern(cloze)
     tables, benchmark = load_tables(data_args)
@@ -159,7 +162,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     task = "cloze" if cloze else "token-classification" if labels.kind == "tags" else "sequence-classification"
     tokenizer = load_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path, labels.kind == "tags")
     dtype = None if model_args.dtype is None else getattr(torch, model_args.dtype)
-    if args.bf16 and dtype is None:
+    if args.bf16:
         dtype = torch.bfloat16                      # at once: cast later, the weights would be there twice for a moment
     options: dict[str, Any] = {} if pattern is None else {"verbalizer_ids": verbalizer_ids(pattern, tokenizer) or None,
                                                           "length_penalty": pattern.length_penalty}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import json
 import logging
 import math
 import resource
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ptv2_engine.adapter import TENSORS, fill, read_tensors
+from ptv2_engine.adapter import TENSORS, fill, read_tensors, replace_file
 from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler, split_inputs
 from ptv2_engine.errors import ConfigError, DataError, NonFiniteLoss, OutOfMemory, OutputError
 from ptv2_engine.model import PromptedModel
@@ -39,6 +40,7 @@ from ptv2_engine.trainer_memory import (
 )
 
 _log = logging.getLogger("ptv2_engine")
+_PIECES = "ptv2_pieces.json"
 
 
 class Trainer(transformers.Trainer):
@@ -130,8 +132,9 @@ class Trainer(transformers.Trainer):
             epochs = min(3, math.ceil(args.num_train_epochs)) if len(lengths) < 50_000 else 1     # their orders differ a little
             for epoch in range(max(epochs, 1)):
                 sampler.set_epoch(epoch)
-                worst = max(worst, *([lengths[i] for i in batch] for batch in sampler), key=sum)
-            check_fits(model, worst, args.device, args.gradient_accumulation_steps > 1)
+                worst = max([worst, *([lengths[i] for i in batch] for batch in sampler)], key=sum)
+            if worst:
+                check_fits(model, worst, lengths, args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """transformers' step; where memory runs out, the same step in smaller pieces, and nothing of the failed one is kept."""
@@ -206,14 +209,19 @@ class Trainer(transformers.Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The adapter (and the tokenizer), not the model."""
+        """The adapter (and the tokenizer), not the model; and into how many pieces steps are cut, which a resumed run needs."""
         folder = Path(output_dir or self.args.output_dir or ".")
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        if self.pieces > 1:
+            replace_file(folder / _PIECES, json.dumps({"pieces": self.pieces}).encode())
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter_into(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+        file = Path(resume_from_checkpoint) / _PIECES
+        if file.is_file():
+            self.pieces = int(json.loads(file.read_text())["pieces"])
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None

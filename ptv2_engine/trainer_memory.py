@@ -43,9 +43,10 @@ def available(device: torch.device, model: PromptedModel | None = None) -> int:
         free, total = torch.cuda.mem_get_info(device)
         limit = free + torch.cuda.memory_reserved(device) - int(RESERVE * total)
     else:
-        held = () if model is None else (*model.encoder.tensors_held(), *model.encoder.tensors_on_host())
-        there = free_host_bytes(Path("/"))
-        limit = 2**62 if there is None else there + sum(t.numel() * t.element_size() for t in held)
+        tensors = () if model is None else (*model.encoder.tensors_held(), *model.encoder.tensors_on_host())
+        there, held = free_host_bytes(Path("/")), sum(t.numel() * t.element_size() for t in tensors)
+        # weights that are still pages of a file count as free already
+        limit = 2**62 if there is None else there + min(held, _fields(Path("/proc/self/status")).get("RssAnon", 0) * 1024)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         least = torch.tensor(limit, device=device)
         torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
@@ -53,20 +54,22 @@ def available(device: torch.device, model: PromptedModel | None = None) -> int:
     return limit
 
 
+def _fields(file: Path) -> dict[str, int]:
+    """The numbers of a file of lines such as "MemFree: 12 kB"."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return {words[0].rstrip(":"): int(words[1]) for words in map(str.split, lines) if len(words) > 1 and words[1].isdigit()}
+
+
 def free_host_bytes(root: Path) -> int | None:
     """What Linux could hand out without swapping, and a container's limit (cgroup v2) lets it; None elsewhere."""
-    def fields(file: Path) -> dict[str, int]:
-        lines = file.read_text().splitlines() if file.is_file() else []
-        return {words[0].rstrip(":"): int(words[1]) for words in map(str.split, lines) if len(words) > 1 and words[1].isdigit()}
-
-    free = fields(root / "proc/meminfo").get("MemAvailable")
+    free = _fields(root / "proc/meminfo").get("MemAvailable")
     if free is None:
         return None
     group = root / "sys/fs/cgroup"
     limit, used = (f.read_text().strip() if f.is_file() else "" for f in (group / "memory.max", group / "memory.current"))
     if not (limit.isdigit() and used.isdigit()):
         return free * 1024
-    cached = fields(group / "memory.stat").get("inactive_file", 0)           # given back when memory is asked for
+    cached = _fields(group / "memory.stat").get("inactive_file", 0)           # given back when memory is asked for
     return min(free * 1024, max(int(limit) - int(used) + cached, 0))
 
 
@@ -84,58 +87,59 @@ class Budget:
             _log.warning("memory was not planned: %s", error)
             return None
 
-    def largest_piece(self, batch: int) -> int:
-        """The largest divisor of the batch size whose longest sequences fit together; 0 where not even one does."""
-        longest = tuple(sorted(self.setup.sequences(), reverse=True))
+    def largest_piece(self, batch: int, lengths: Sequence[int]) -> int:
+        """The largest divisor of a batch size whose longest sequences fit together; 0 where not even one does."""
+        longest = tuple(sorted(lengths, reverse=True)[:batch])
         for count in (n for n in range(batch, 0, -1) if batch % n == 0):
             plan = self.plan(replace(self.setup, lengths=longest[:count], accumulates=self.setup.accumulates or count < batch))
             if plan is None or plan.peak <= self.limit:
                 return count
         return 0
 
-    def refusal(self, what: str, batch: int = 0) -> str:
-        """The sentence that says what would fit. batch: sequences that --auto_batch could divide, 0: it does not help."""
+    def refusal(self, what: str, pieces: int = 0) -> str:
+        """The sentence that says what would fit. pieces: sequences of --auto_batch's micro-batches, 0: it does not help."""
         ways = [options_of(changed, self.setup) for changed, other in ways_out(self.setup, self.planner)
                 if other.peak <= self.limit][:1]
-        pieces = self.largest_piece(batch)
         ways.append(f"--auto_batch (micro-batches of {pieces})" if pieces else
                     "a smaller model, a shorter prompt, or another device")
         return f"{what}, but {size(self.limit)} are free for it on {self.device}; use {', or '.join(ways)}."
 
-    def check(self, what: str, batch: int = 0) -> None:
-        """Raises OutOfMemory, saying what would fit, where the plan is over the limit."""
-        plan = self.plan(self.setup)
-        if plan is not None and plan.peak > self.limit:
-            raise OutOfMemory(self.refusal(f"{what} takes {size(plan.peak)} by plan", batch))
 
-
-def check_fits(model: PromptedModel, lengths: Sequence[int], device: torch.device, accumulates: bool) -> None:
-    """Raises OutOfMemory, saying what would fit, when the largest batch of a run does not fit where the model is."""
-    budget = Budget(setup_of(model, lengths, device, accumulates), available(device, model), device)
-    budget.check(f"a step of {len(lengths)} sequences ({sum(lengths):,} tokens)", len(lengths))
+def check_fits(model: PromptedModel, worst: Sequence[int], lengths: Sequence[int], args: TrainingArguments) -> None:
+    """Raises OutOfMemory, saying what would fit, when the largest batch of a run does not fit where it trains. worst: tokens of
+    that batch's sequences; lengths: of all."""
+    setup = setup_of(model, worst, args.device, args.gradient_accumulation_steps > 1)
+    budget = Budget(setup, available(args.device, model), args.device)
+    plan = budget.plan(setup)
+    if plan is not None and plan.peak > budget.limit:
+        pieces = budget.largest_piece(args.per_device_train_batch_size, lengths)
+        what = f"a step of {len(worst)} sequences ({sum(worst):,} tokens) takes {size(plan.peak)} by plan"
+        raise OutOfMemory(budget.refusal(what, pieces))
 
 
 def check_model_fits(setup: Setup, device: torch.device) -> None:
     """Raises OutOfMemory when a model does not fit with one short sequence, before any of its weights is read."""
     budget = Budget(replace(setup, lengths=(3,)), available(device), device)
-    budget.check("a model with a batch of 3 tokens")
     plan, there = budget.plan(budget.setup), free_host_bytes(Path("/"))
-    if plan is not None and there is not None and plan.host > there:
+    if plan is None:
+        return
+    if plan.peak > budget.limit:
+        raise OutOfMemory(budget.refusal(f"a model with a batch of 3 tokens takes {size(plan.peak)} by plan"))
+    if there is not None and plan.host > there:
+        way = "--stream_weights file" + ("" if setup.frozen_dtype else ", or --frozen_dtype int8 beside host")
         raise OutOfMemory(f"{size(plan.host)} of streamed weights do not fit into the {size(there)} that host memory has free; "
-                          "use --stream_weights file, or --frozen_dtype int8 beside host.")
+                          f"use {way}.")
 
 
 def choose_micro_batch(model: PromptedModel, args: TrainingArguments, lengths: Sequence[int]) -> int:
     """Lower args.per_device_train_batch_size to what fits, and raise gradient_accumulation_steps by the same factor, which is
     returned: the batch that an optimizer step sees stays the same. Raises OutOfMemory."""
-    batch = min(args.per_device_train_batch_size, len(lengths))
-    worst = tuple(sorted(lengths, reverse=True)[:batch])
-    setup = setup_of(model, worst, args.device, args.gradient_accumulation_steps > 1)
+    batch, longest = args.per_device_train_batch_size, max(lengths)
+    setup = setup_of(model, [longest], args.device, args.gradient_accumulation_steps > 1)
     budget = Budget(setup, available(args.device, model), args.device)
-    fits = budget.largest_piece(batch)
+    fits = budget.largest_piece(batch, lengths)
     if not fits:
-        alone = Budget(replace(setup, lengths=worst[:1], accumulates=batch > 1 or setup.accumulates), budget.limit, args.device)
-        raise OutOfMemory(alone.refusal(f"not even one sequence of {worst[0]} tokens fits"))
+        raise OutOfMemory(budget.refusal(f"not even one sequence of {longest} tokens fits"))
     if fits < batch:
         _log.warning("auto_batch: micro-batches of %d, accumulated %d times, make the batch of %d", fits, batch // fits, batch)
         args.gradient_accumulation_steps *= batch // fits
@@ -154,7 +158,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class RandomState:
-    """Where torch's generators are: a step that is done again draws the same dropout, so that a resumed run does too."""
+    """Where torch's generators are: a failed attempt draws nothing, so that a resumed run, which may not fail, draws the same."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.cpu = device, torch.get_rng_state()

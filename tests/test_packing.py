@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,6 +167,12 @@ def test_micro_batches_are_the_batch_cut_up(lengths, sizes, shuffle, drop_last):
     assert (len(batches), len(micro)) == (len(whole), len(cut))
     assert all(0 < len(m) <= batch_size // pieces for m in micro)
     for batch in batches:
-        parts, micro = micro[:-(-len(batch) * pieces // batch_size)], micro[-(-len(batch) * pieces // batch_size):]
+        count = -(-len(batch) * pieces // batch_size)
+        parts, micro = micro[:count], micro[count:]
         assert sorted(i for part in parts for i in part) == sorted(batch)
     assert not micro
+    for processes in (2, 3):            # accelerate deals micro-batches out to processes, and pads the last round
+        shards = [list(BatchSamplerShard(cut, processes, rank)) for rank in range(processes)]
+        assert len({len(shard) for shard in shards}) == 1
+        seen, given = {i for shard in shards for batch in shard for i in batch}, {i for batch in cut for i in batch}
+        assert seen <= given and (drop_last or seen == given)               # drop_last drops an incomplete round too

@@ -34,6 +34,7 @@ def trainer_of(tmp_path, model, task="sequence-classification", batch=8, steps=3
     args = transformers.TrainingArguments(str(tmp_path), per_device_train_batch_size=batch, max_steps=steps, report_to="none",
                                           save_strategy=options.pop("save_strategy", "no"), use_cpu=True,
                                           save_steps=options.pop("save_steps", 500), disable_tqdm=True, learning_rate=1e-2,
+                                          dataloader_drop_last=options.pop("dataloader_drop_last", False),
                                           gradient_accumulation_steps=options.pop("accumulation", 1),
                                           gradient_checkpointing=options.pop("gradient_checkpointing", False))
     return Trainer(model, args, train_dataset=data(task=task), **options)
@@ -158,14 +159,14 @@ def test_auto_batch_needs_lengths(tmp_path):
 
 
 def test_a_resumed_run_draws_what_an_unbroken_one_does_where_memory_runs_out(tmp_path):
-    """Dropout is on; the failed attempt's draws are taken back, so that failing once more after resuming changes nothing."""
+    """Dropout is on; how steps are cut is saved, and what a failed attempt drew is taken back."""
     def run(resume=None):
         model = model_of()
         watch = Limited(model, 40, False)
         trainer = trainer_of(tmp_path, model, steps=4, save_strategy="steps", save_steps=2)
         model.set_hidden_dropout(0.1)
         trainer.train(resume_from_checkpoint=resume)
-        assert watch.failed
+        assert bool(watch.failed) == (resume is None)
         return trained(model)
 
     unbroken = run()
@@ -199,6 +200,18 @@ def test_placements_train_save_and_load(tmp_path, placement):
     assert again.encoder.frozen_dtype == model.encoder.frozen_dtype and again.encoder.memory == placement.get("memory", "exact")
     batch = padded_batch([4, 9])
     torch.testing.assert_close(again(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_a_model_that_lean_does_not_take_is_refused_with_what_it_takes(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = PromptedModel.from_pretrained(tiny_model(intermediate_size=130), num_labels=3, prompt=PromptConfig(4))
+    monkeypatch.setattr(trainer_memory, "available", lambda *_: 1000)
+    with pytest.raises(OutOfMemory, match="takes .* by plan, but .* use a smaller model"):
+        trainer_of(tmp_path, model)
+
+
+def test_a_data_set_smaller_than_its_batch_and_drop_last(tmp_path):
+    trainer_of(tmp_path, model_of(), batch=64, dataloader_drop_last=True)               # nothing to plan, and no error
 
 
 def test_errors_that_say_out_of_memory():

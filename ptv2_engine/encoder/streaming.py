@@ -12,6 +12,8 @@ Layer-to-layer execution from host memory is L2L's (arXiv 2002.05645); with froz
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,16 +76,14 @@ class Blocks(Protocol):
 class HostBlocks:
     """Blocks in host memory, pinned where a GPU reads them. Layers are added one by one, and give up their own weights."""
 
-    def __init__(self, pin: bool) -> None:
+    def __init__(self, gpu: torch.device | None = None) -> None:
         self.layouts: list[Layout] = []
         self.blocks: list[Tensor] = []
-        self.pin = pin
+        self.gpu = gpu
 
     def add(self, layer: nn.Module) -> None:
         layout = layout_of(layer)
-        block = torch.empty(layout.nbytes, dtype=torch.uint8)
-        if self.pin:
-            block = pinned(block)
+        block = torch.empty(layout.nbytes, dtype=torch.uint8) if self.gpu is None else pinned(layout.nbytes, self.gpu)
         for linear, (_, parts) in layout.parts.items():
             for part, tensor in zip(parts, contents(linear)[1], strict=True):
                 part.view(block).copy_(tensor)
@@ -95,14 +95,21 @@ class HostBlocks:
         block[:self.layouts[layer].nbytes].copy_(self.blocks[layer], non_blocking=True)
 
 
-def pinned(block: Tensor) -> Tensor:
-    """The block in page-locked memory, where it is. (torch's own allocator of such memory rounds up to a power of two: a third
-    more at GLM-10B.) A copy by that allocator where the driver refuses."""
-    runtime: Any = torch.cuda.cudart()
-    if int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)) != 0:
-        return block.pin_memory()
-    weakref.finalize(block.untyped_storage(), runtime.cudaHostUnregister, block.data_ptr())
-    return block
+def pinned(nbytes: int, device: torch.device) -> Tensor:
+    """A block of page-locked memory on pages of its own. (torch's allocator of such memory rounds up to a power of two: a third
+    more at GLM-10B.) From that allocator where the driver refuses."""
+    page = mmap.PAGESIZE
+    size = -(-nbytes // page) * page
+    buffer = torch.empty(size + page, dtype=torch.uint8)
+    start = -buffer.data_ptr() % page
+    block, runtime = buffer[start:start + size], torch.cuda.cudart()
+    with torch.cuda.device(device):
+        if int(runtime.cudaHostRegister(block.data_ptr(), size, 1)) == 0:          # 1: for all devices
+            weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, block.data_ptr())
+            return block
+        with contextlib.suppress(RuntimeError):         # the refusal stays behind as the runtime's last error: let this read it
+            torch.zeros(1, device=device)
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 class FileBlocks:
@@ -192,8 +199,9 @@ class WeightStream:
         slot = self._find(layer) or self._load(layer)
         slot.used = self.clock
         if slot.loading is not None:
-            slot.loading.result()
-            slot.loading = None
+            loading, slot.loading = slot.loading, None
+            if loading.exception() is not None:                 # reading ahead failed: once more, now that it is needed
+                self._copy_or_forget(slot, layer)
         if slot.ready is not None and compute is not None:
             compute.wait_event(slot.ready)
         ahead = layer + self.step
@@ -207,9 +215,17 @@ class WeightStream:
         self.copied_bytes += self.blocks.layouts[layer].nbytes
         if self.thread is not None:
             slot.loading = self.thread.submit(self._copy, slot, layer)
-        else:
-            self._copy(slot, layer)
+            return slot
+        self._copy_or_forget(slot, layer)
         return slot
+
+    def _copy_or_forget(self, slot: _Slot, layer: int) -> None:
+        """Copy; where that fails nobody may take the slot for this layer's."""
+        try:
+            self._copy(slot, layer)
+        except BaseException:
+            slot.layer = self.current = -1
+            raise
 
     def _copy(self, slot: _Slot, layer: int) -> None:
         if self.copies is None:

@@ -30,6 +30,7 @@ from ptv2_engine.ops.frozen_linear import PLAIN
 FAMILIES = {model_type: family for family in (bert, roberta, electra, deberta, deberta_v2, glm, modernbert)
             for model_type in family.MODEL_TYPES}
 FROZEN_DTYPES = ("bf16", *KINDS)
+_COMPUTE_DTYPES = (None, torch.bfloat16, torch.float32, torch.float16, torch.float64)
 _HASH_SAMPLES = 256
 
 
@@ -234,13 +235,17 @@ def check_device(device: str | torch.device, dtype: torch.dtype | str | None) ->
     except RuntimeError as error:
         raise ConfigError(f"device {device!r} does not exist; use 'cpu', 'cuda' or 'cuda:1'.") from error
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, (torch.dtype, type(None))) or isinstance(dtype, str) and found is None:
-        raise ConfigError(f"dtype {dtype!r} does not exist; use 'bfloat16', 'float32' or 'float16'.")
+    if found not in _COMPUTE_DTYPES or isinstance(dtype, str) and found is None:
+        raise ConfigError(f"nothing is computed in dtype {dtype!r}; use 'bfloat16', 'float32' or 'float16', and frozen_dtype for "
+                          "smaller weights.")
     dtype = found
     if device.type != "cuda":
         return device, dtype
     if not torch.cuda.is_available():
         raise ConfigError(f"device {str(device)!r} is not there: torch sees no GPU; use device='cpu' (--use_cpu).")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} GPUs; use 'cuda:0' to "
+                          f"'cuda:{torch.cuda.device_count() - 1}'.")
     major, minor = torch.cuda.get_device_capability(device)
     if dtype == torch.bfloat16 and major < 8:
         raise ConfigError(f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no bfloat16; use "
@@ -267,7 +272,7 @@ def fill(encoder: Encoder, names: Iterable[str], value: Callable[[str, torch.Siz
     by_layer: dict[int, list[str]] = {}
     for name in names:
         by_layer.setdefault(int(name.split(".")[1]) if name.startswith("layers.") else -1, []).append(name)
-    host = HostBlocks(pin=device.type == "cuda" and torch.cuda.is_available()) if stream_weights == "host" else None
+    host = HostBlocks(device if device.type == "cuda" else None) if stream_weights == "host" else None
     for index in sorted(by_layer):
         small = {f"layers.{index}.{name}.weight" for name, _ in matrices(encoder.layers[index])} if index >= 0 else set()
         for name in by_layer[index]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 from ptv2_engine.encoder.layer import MEMORY
-from ptv2_engine.errors import ConfigError
+from ptv2_engine.errors import ConfigError, InputError
 from ptv2_engine.memory.planner import CUDA_CONTEXT, Plan, Planner
 from ptv2_engine.memory.setup import Setup
+from ptv2_engine.ops import KINDS
 
 # What a card's own tools report as its memory, in MiB; any other is given as a number, such as 24gb.
 CARDS = {"a10-24gb": 23028, "l4-24gb": 23034, "rtx3090-24gb": 24576, "rtx4090-24gb": 24564, "a100-40gb": 40960,
@@ -73,5 +75,7 @@ def ways_out(setup: Setup, planner: Planner | None = None) -> Iterator[tuple[Set
         for frozen_dtype in codes if stream != "file" else (setup.frozen_dtype,):
             for memory in memories:
                 changed = replace(setup, memory=memory, frozen_dtype=frozen_dtype, stream_weights=stream)
-                if changed != setup and not (stream == "file" and frozen_dtype):
+                if changed == setup or stream == "file" and frozen_dtype in KINDS:
+                    continue
+                with suppress(ConfigError, InputError):         # a model that this policy or these codes do not take
                     yield changed, planner.plan(changed)

@@ -38,7 +38,7 @@ def can_pack() -> bool:
 @functools.cache
 def multiplies_bf16() -> bool:
     """Whether oneDNN multiplies bf16 on this CPU."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return can_pack() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class WeightSource(Protocol):

@@ -118,7 +118,7 @@ def test_a_slot_is_not_overwritten_while_its_layer_is_at_work():
     linears = [layer.qkv for layer in layers]
     from ptv2_engine.encoder.streaming import HostBlocks
 
-    blocks = HostBlocks(pin=False)
+    blocks = HostBlocks()
     for layer in layers:
         blocks.add(layer)
     start_stream(blocks, torch.device("cpu"), slots=2)
@@ -141,7 +141,7 @@ def test_dtype_moves_leave_codes_alone(tmp_path):
     ({"frozen_dtype": "int3"}, "frozen_dtype 'int3' does not exist"),
     ({"stream_weights": "disk"}, "stream_weights 'disk' does not exist"),
     ({"stream_weights": "file", "frozen_dtype": "int8"}, "use stream_weights='host'"),
-    ({"device": "tpux"}, "device 'tpux' does not exist"), ({"dtype": "bfloat17"}, "dtype 'bfloat17' does not exist"),
+    ({"device": "tpux"}, "device 'tpux' does not exist"), ({"dtype": "bfloat17"}, "nothing is computed in dtype 'bfloat17'"),
 ], ids=str)
 def test_placements_that_do_not_exist(tmp_path, placement, words):
     with pytest.raises(ConfigError, match=words):
@@ -151,10 +151,15 @@ def test_placements_that_do_not_exist(tmp_path, placement, words):
 def test_devices_that_are_not_there_and_dtypes_they_lack(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="nothing is computed in dtype 'int8'; .* frozen_dtype for smaller weights"):
+        load_encoder(model, dtype="int8")
     with pytest.raises(ConfigError, match="device 'cuda' is not there: torch sees no GPU; use device='cpu'"):
         load_encoder(model, device="cuda")
-    for name, value in (("is_available", True), ("get_device_capability", (7, 5)), ("get_device_name", "Tesla T4")):
+    for name, value in (("is_available", True), ("get_device_capability", (7, 5)), ("get_device_name", "Tesla T4"),
+                        ("device_count", 1)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with pytest.raises(ConfigError, match="device 'cuda:1' is not there: torch sees 1 GPUs"):
+        load_encoder(model, device="cuda:1")
     with pytest.raises(ConfigError, match=r"Tesla T4 \(compute capability 7.5\) has no bfloat16; use dtype=torch.float16"):
         load_encoder(model, device="cuda", dtype=torch.bfloat16)
 
@@ -236,6 +241,34 @@ def test_bf16_beside_an_fp32_computation(tmp_path):
         for a, b in zip(outcome(streamed), outcome(half), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert build(source, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_a_read_that_fails_leaves_the_stream_usable(tmp_path):
+    """What fails once is read again; what fails twice is raised, and the next pass starts anew: no stale exception, and never a
+    slot that nothing was written into."""
+    source = saved(tmp_path, num_hidden_layers=4)
+    model, want = build(source, stream_weights="file"), outcome(build(source))
+    blocks = model.encoder.stream.blocks
+    fill = blocks.fill
+    failures = 0
+    for failing in ({0}, {2}, {0, 1}, {3, 4, 5}):
+        calls = iter(range(10**6))
+
+        def sometimes(linear, out, failing=failing, calls=calls):
+            if next(calls) in failing:
+                raise MemoryError("no room for the page cache")
+            fill(linear, out)
+
+        blocks.fill = sometimes
+        try:
+            found = outcome(model)
+        except MemoryError:
+            failures += 1
+            blocks.fill = fill
+            found = outcome(model)
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert failures
 
 
 def test_a_streamed_model_is_not_copied(tmp_path):
