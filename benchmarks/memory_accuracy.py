@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from memory_profile import cpu_name
+
 from ptv2_engine import PromptConfig, PromptedModel
 from ptv2_engine.batches import PackedCollator
 from ptv2_engine.cli_args import parse_train
@@ -92,7 +94,8 @@ def main() -> None:
             rows[name][title] = [statistics.mean(scores), statistics.stdev(scores)]
             print(f"{name:22} {title:22} {statistics.mean(scores):.4f} +- {statistics.stdev(scores):.4f}", flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    record = {"what": "memory accuracy", "date": datetime.date.today().isoformat(), "commit": commit, "torch": torch.__version__,
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    record = {"what": "memory accuracy", "device": device, "date": datetime.date.today().isoformat(), "commit": commit, "torch": torch.__version__,
               "command": f"python benchmarks/memory_accuracy.py --data FOLDER --seeds {args.seeds}", "rows": rows}
     args.results.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record, indent=1) + "\n")
