@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from memory_profile import cpu_name
 
 from ptv2_engine import PromptConfig, PromptedModel
@@ -95,8 +94,9 @@ def main() -> None:
             print(f"{name:22} {title:22} {statistics.mean(scores):.4f} +- {statistics.stdev(scores):.4f}", flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    record = {"what": "memory accuracy", "device": device, "date": datetime.date.today().isoformat(), "commit": commit, "torch": torch.__version__,
-              "command": f"python benchmarks/memory_accuracy.py --data FOLDER --seeds {args.seeds}", "rows": rows}
+    record = {"what": "memory accuracy", "device": device, "date": datetime.date.today().isoformat(), "commit": commit,
+              "torch": torch.__version__, "command": f"python benchmarks/memory_accuracy.py --data FOLDER --seeds {args.seeds}",
+              "rows": rows}
     args.results.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record, indent=1) + "\n")
 
