@@ -2,7 +2,7 @@
 
 On the CPU the matrix products are oneDNN's with W reordered once for the forward and once for dX (a frozen weight never
 changes, so the reorder that oneDNN otherwise repeats per call is paid once). A CPU without bf16 instructions that oneDNN uses
-multiplies bf16 in fp32: torch's own bf16 loop was 8 times (x W^T) and 180 times (dY W) slower there. On a GPU they are cuBLAS's.
+multiplies bf16 in fp32: torch's own bf16 loop takes 80 times as long there (docs/performance.md). On a GPU they are cuBLAS's.
 Weights are read from the module when backward runs, so a sharded module may free them between the two passes.
 """
 
