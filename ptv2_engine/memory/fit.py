@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 
 from ptv2_engine.encoder.layer import MEMORY
@@ -77,5 +76,8 @@ def ways_out(setup: Setup, planner: Planner | None = None) -> Iterator[tuple[Set
                 changed = replace(setup, memory=memory, frozen_dtype=frozen_dtype, stream_weights=stream)
                 if changed == setup or stream == "file" and frozen_dtype in KINDS:
                     continue
-                with suppress(ConfigError, InputError):         # a model that this policy or these codes do not take
-                    yield changed, planner.plan(changed)
+                try:
+                    plan = planner.plan(changed)
+                except (ConfigError, InputError):               # a model that this policy or these codes do not take
+                    continue
+                yield changed, plan
