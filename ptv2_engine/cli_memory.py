@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ptv2_engine.encoder.checkpoints import model_config
 from ptv2_engine.encoder.glm_sizes import glm_config
 from ptv2_engine.encoder.layer import MEMORY
 from ptv2_engine.encoder.weights import FAMILIES, FROZEN_DTYPES, empty_encoder
@@ -68,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def model_of(args: argparse.Namespace) -> str | dict[str, Any]:
-    """What --model names, or the config that --family and sizes describe. Raises ConfigError."""
+def model_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The config of what --model names, or the one that --family and sizes describe. Raises ConfigError."""
     sizes = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
     for name, value in sizes.items():
         if not 1 <= value <= _LARGEST:
@@ -80,7 +81,7 @@ def model_of(args: argparse.Namespace) -> str | dict[str, Any]:
         if sizes:
             raise ConfigError(f"--{next(iter(sizes)).replace('_', '-')} belongs to --family, and {args.model} brings its own "
                               "sizes; leave it out.")
-        return args.model
+        return model_config(args.model)                 # once: each plan reads its setup's config
     if args.family == "glm":
         if "ffn_size" in sizes:
             raise ConfigError(f"--ffn-size {sizes['ffn_size']} does not fit --family glm, whose FFN is 4 times the hidden size; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,5 +47,9 @@ def add_back(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tenso
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in the optimizer's state."""
-    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values()
-               if isinstance(t, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in state_tensors(optimizer))
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """All tensors in the optimizer's state."""
+    return (t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))

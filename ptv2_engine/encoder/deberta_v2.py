@@ -15,7 +15,7 @@ from ptv2_engine.encoder.layer import SITES, Normed, Prefix, Step, frozen
 from ptv2_engine.encoder.sources import Source, concatenated, one
 from ptv2_engine.encoder.stack import of_layer
 from ptv2_engine.ops import _philox, add_norm
-from ptv2_engine.ops.frozen_linear import widens
+from ptv2_engine.ops.frozen_linear import plain_linear
 
 MODEL_TYPES = ("deberta-v2",)
 PREFIXES, HEADS, POOLER, BUFFERS = deberta.PREFIXES, deberta.HEADS, deberta.POOLER, deberta.BUFFERS
@@ -47,11 +47,7 @@ class Convolution(nn.Module):
         return torch.cat(taps, 1)
 
     def forward(self, x_TH: Tensor, layer0_RH: Tensor, step: Step, site: int, rows_R: Tensor | None) -> Tensor:
-        taps = self.neighbours(x_TH, step.cu_seqlens)
-        if widens(taps):
-            out = F.linear(taps.float(), self.weight.float(), self.bias.float()).to(taps.dtype)
-        else:
-            out = F.linear(taps, self.weight, self.bias)
+        out = plain_linear(self.neighbours(x_TH, step.cu_seqlens), self.weight, self.bias)
         if step.hidden_dropout > 0 and step.seed is not None:
             rows = torch.arange(x_TH.shape[0], device=x_TH.device)
             keep = _philox.keep_scale(rows, x_TH.shape[1], 0, p=step.hidden_dropout, seed=step.seed, site=site,

@@ -27,6 +27,7 @@ from ptv2_engine.encoder import EncoderConfig
 from ptv2_engine.memory.planner import CUBLAS_WORKSPACE, CUDA_CONTEXT, Plan, track, warm_up
 from ptv2_engine.memory.setup import Setup
 from ptv2_engine.memory.tracker import OPTIMIZER, PROMPTS, WEIGHTS, MemoryTracker
+from ptv2_engine.optim import state_tensors
 
 PEERS = ("fine-tuning", "LoRA", "prefix tuning")
 _TASK_TYPES = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS", "cloze": "SEQ_CLS"}
@@ -151,7 +152,7 @@ class StockWorkload:
         tracker.mark((p.detach() for p in self.model.parameters() if not p.requires_grad), WEIGHTS)
         tracker.mark(self.model.buffers(), WEIGHTS)
         tracker.mark((p.detach() for p in self.parameters), PROMPTS)
-        tracker.mark((t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)), OPTIMIZER)
+        tracker.mark(state_tensors(self.optimizer), OPTIMIZER)
 
 
 def plan_peer(setup: Setup, sizes: EncoderConfig, peer: str) -> Plan | str:

@@ -30,7 +30,7 @@ from ptv2_engine.memory.tracker import (
 )
 from ptv2_engine.model import PromptedModel
 from ptv2_engine.ops import planned_for
-from ptv2_engine.optim import adamw, add_back, set_aside
+from ptv2_engine.optim import adamw, add_back, set_aside, state_tensors
 
 # What a process takes beside its tensors on CUDA. cuBLAS's workspace comes from torch's allocator, so that max_memory_allocated
 # holds it: torch's 32 MiB (Hopper and later) for each of two threads, forward's and backward's. The context of the driver, with
@@ -64,14 +64,14 @@ class Workload:
     """A model, and batches and steps for it: real, or fake inside a Planner."""
 
     def __init__(self, setup: Setup, device: torch.device) -> None:
-        self.setup, self.device = setup, device
+        self.device = device
         encoder, origin = random_encoder(setup.config(), dtype=DTYPES[setup.dtype], device=device,
                                          frozen_dtype=setup.frozen_dtype, stream_weights="host" if setup.stream_weights else None)
         cloze: dict[str, Any] = {"verbalizer_ids": list(range(setup.num_labels))} if setup.task == "cloze" else {}
         prompt = replace(setup.prompt, init="normal")           # the values do not matter
         self.model = PromptedModel(encoder, origin, prompt, task=setup.task, num_labels=setup.num_labels, pooler=setup.pooler,
                                    shift_positions=setup.shift_positions, **cloze).train()
-        self.model.encoder.set_memory(setup.memory)
+        self.turn_to(setup)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = adamw(self.model, 1e-3)
         self.tracker: MemoryTracker | None = None
@@ -116,7 +116,7 @@ class Workload:
         tracker.mark(self.model.encoder.tensors_on_host(), HOST)
         trained = [part for part in (self.model.prompt, self.model.head) if part is not None]
         tracker.mark((t.detach() for part in trained for t in (*part.parameters(), *part.buffers())), PROMPTS)
-        tracker.mark((t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)), OPTIMIZER)
+        tracker.mark(state_tensors(self.optimizer), OPTIMIZER)
 
     def label_layers(self) -> None:
         """Have the tracker told which layer is at work, from the moment of its attention."""
@@ -130,18 +130,16 @@ class Workload:
             layer.attend = attend
 
 
-def track(workload: Any, tracker: MemoryTracker, steps: int = 1) -> Peak:
-    """Run steps and return the peak of the last. The first step of a workload makes optimizer state and packed weights."""
+def track(workload: Any, tracker: MemoryTracker) -> Peak:
+    """Run a step of a workload that is warmed up, and return its peak."""
     workload.mark(tracker)
     hooks = mark_gradients(tracker, workload.parameters)
     try:
-        for _ in range(steps):
-            tracker.label = ""
-            batch = workload.batch()
-            tracker.mark((t for t in batch.values() if isinstance(t, Tensor)), BATCH)
-            tracker.start()
-            workload.step(batch, tracker.forward_is_over)
-            workload.mark(tracker)
+        tracker.label = ""
+        batch = workload.batch()
+        tracker.mark((t for t in batch.values() if isinstance(t, Tensor)), BATCH)
+        tracker.start()
+        workload.step(batch, tracker.forward_is_over)
     finally:
         for hook in hooks:
             hook.remove()

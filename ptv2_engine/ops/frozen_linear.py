@@ -136,10 +136,7 @@ class FrozenLinear(nn.Module):
         """x W^T + b, no autograd."""
         if packed:
             return torch.ops.mkldnn._linear_pointwise(x_TI, self.packed("forward"), self.bias, "none", [], "")
-        if widens(x_TI):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(x_TI.float(), self.dense(x_TI.dtype).float(), bias).to(x_TI.dtype)
-        return F.linear(x_TI, self.dense(x_TI.dtype), self.bias)
+        return plain_linear(x_TI, self.dense(x_TI.dtype), self.bias)
 
     def matmul_transposed(self, dy_TO: Tensor, packed: bool) -> Tensor:
         """dY W, no autograd."""
@@ -153,6 +150,13 @@ class FrozenLinear(nn.Module):
 def widens(x: Tensor) -> bool:
     """Whether x is multiplied in fp32: bf16 on a CPU whose oneDNN has no bf16."""
     return x.dtype == torch.bfloat16 and device_type(x) == "cpu" and not multiplies_bf16()
+
+
+def plain_linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """F.linear, in fp32 where x widens."""
+    if not widens(x_TI):
+        return F.linear(x_TI, weight_OI, bias_O)
+    return F.linear(x_TI.float(), weight_OI.float(), None if bias_O is None else bias_O.float()).to(x_TI.dtype)
 
 
 class _FrozenLinear(torch.autograd.Function):
