@@ -5,6 +5,10 @@ adapter the folder *is* a PEFT PREFIX_TUNING adapter. What PEFT cannot hold (bac
 the reparameterization's weights, banks of several prompts) lies in a `ptv2` section and under `ptv2.` keys. The whole
 configuration is repeated in the safetensors header: that one file is complete by itself and is replaced in one step, so a
 crash leaves the old adapter or the new one. Nothing is ever unpickled.
+
+Where the backbone trains, the tensors of it that do lie under `ptv2.encoder.` in fp32: 4 bytes a weight with fine-tuning
+(BERT-base: 440 MB), 4 bytes a bias with BitFit (0.4 MB). They replace those of the backbone that the adapter names, which it
+still needs.
 """
 
 from __future__ import annotations
@@ -24,13 +28,17 @@ from ptv2_engine.encoder import Encoder, Origin, load_encoder
 from ptv2_engine.encoder.checkpoints import open_safetensors
 from ptv2_engine.encoder.weights import check_placement
 from ptv2_engine.errors import AdapterError, AdapterMismatch, CheckpointError, ConfigError, OutputError, WeightError
+from ptv2_engine.heads import SpanHead
+from ptv2_engine.masked_lm import load_masked_lm_head
 from ptv2_engine.prompt import PromptBank, PromptConfig
 
 if TYPE_CHECKING:
     from ptv2_engine.model import PromptedModel
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PEFT_TASK = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS", "cloze": None}
+DATA_SETS = "ptv2_data_sets.json"       # of a prompt that several data sets share: the folders with their adapters
+_PEFT_TASK = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS", "question-answering": "QUESTION_ANS"}
+POOLED = ("sequence-classification", "multiple-choice")      # tasks whose head reads the pooler's output
 _OWN = "ptv2."          # keys that only this package reads
 
 
@@ -48,8 +56,10 @@ def peft_obstacles(model: PromptedModel) -> list[str]:
         reasons.append(f"prompt_lengths {prompt.prompt_lengths}")
     if not model.shift_positions:
         reasons.append("shift_positions=False")
-    if model.task == "cloze":
-        reasons.append("task cloze (PEFT has no head over verbalizers)")
+    if model.task not in _PEFT_TASK:
+        reasons.append(f"task {model.task} (PEFT has no such task)")
+    if model.encoder.trained_backbone is not None:
+        reasons.append(f"trained_backbone {model.encoder.trained_backbone!r} (PEFT's backbone stays as it is)")
     if encoder.family not in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
         reasons.append(f"a {encoder.family} backbone (PEFT's prefix tuning needs past_key_values, which it does not take)")
     if encoder.family == "bert" and model.task == "sequence-classification" and model.pooler_kind == "trained":
@@ -62,9 +72,12 @@ def _head_tensors(model: PromptedModel) -> dict[str, Tensor]:
     head, encoder = model.head, model.encoder
     if isinstance(head, ClozeHead):
         return {}
+    if isinstance(head, SpanHead):
+        return {f"base_model.qa_outputs.{w}": getattr(head.qa_outputs, w) for w in ("weight", "bias")}
     classifier = {w: getattr(head.classifier, w) for w in ("weight", "bias")}
     dense = getattr(head, "dense", None)
-    if model.task == "sequence-classification" and (dense is not None or encoder.config.family != "bert"):
+    plain = encoder.config.family == "bert" or encoder.trained_backbone is not None      # a trained pooler is the encoder's
+    if model.task in POOLED and (dense is not None or not plain):
         dense = encoder.pooler if dense is None else dense
         return {f"base_model.classifier.{name}.{w}": getattr(linear, w) for w in ("weight", "bias")
                 for name, linear in (("dense", dense), ("out_proj", head.classifier))}
@@ -72,7 +85,7 @@ def _head_tensors(model: PromptedModel) -> dict[str, Tensor]:
 
 
 def uses_frozen_pooler(model: PromptedModel) -> bool:
-    return model.task == "sequence-classification" and model.pooler_kind == "frozen"
+    return model.task in POOLED and model.pooler_kind == "frozen"
 
 
 def tensors_of(model: PromptedModel, peft_only: bool = False) -> dict[str, Tensor]:
@@ -83,7 +96,13 @@ def tensors_of(model: PromptedModel, peft_only: bool = False) -> dict[str, Tenso
         found["prompt_embeddings"] = rows_KPW[0] if rows_KPW.shape[0] == 1 else rows_KPW
         if model.prompt_config.reparameterization is not None and not peft_only:
             found |= {f"{_OWN}prompt.{name}": p for name, p in model.prompt.named_parameters()}
+    found |= {f"{_OWN}encoder.{name}": p for name, p in trained_weights(model).items()}
     return {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in found.items()}
+
+
+def trained_weights(model: PromptedModel) -> dict[str, nn.Parameter]:
+    """The encoder's parameters that train, by their name in it."""
+    return {name: p for name, p in model.encoder.named_parameters() if p.requires_grad}
 
 
 def config_of(model: PromptedModel, peft_only: bool = False) -> dict[str, Any]:
@@ -93,10 +112,11 @@ def config_of(model: PromptedModel, peft_only: bool = False) -> dict[str, Any]:
     if os.path.isdir(location):
         location = os.path.abspath(location)
     config: dict[str, Any] = {
-        "peft_type": "PTV2" if peft_obstacles(model) else "PREFIX_TUNING", "task_type": _PEFT_TASK[model.task],
+        "peft_type": "PTV2" if peft_obstacles(model) else "PREFIX_TUNING", "task_type": _PEFT_TASK.get(model.task),
         "base_model_name_or_path": location, "num_virtual_tokens": prompt.prompt_length, "token_dim": encoder.hidden_size,
         "num_layers": encoder.num_layers, "num_attention_heads": encoder.num_heads, "num_transformer_submodules": 1,
-        "encoder_hidden_size": encoder.hidden_size, "prefix_projection": False, "modules_to_save": ["classifier", "score"],
+        "encoder_hidden_size": encoder.hidden_size, "prefix_projection": False,
+        "modules_to_save": ["qa_outputs"] if model.task == "question-answering" else ["classifier", "score"],
         "inference_mode": True, "auto_mapping": None, "revision": None,
     }
     if not peft_only:
@@ -107,10 +127,12 @@ def config_of(model: PromptedModel, peft_only: bool = False) -> dict[str, Any]:
             "id2label": model.id2label, "problem_type": model.problem_type, "pooler": model.pooler_kind,
             "shift_positions": model.shift_positions, "prompt": prompt.to_dict(), "tokenizer": location,
         }
+        if model.encoder.trained_backbone is not None:
+            config["ptv2"]["trained_backbone"] = model.encoder.trained_backbone
         if isinstance(model.head, ClozeHead):
             ids = model.head.verbalizer_ids
             config["ptv2"]["cloze"] = {"verbalizer_ids": None if ids is None else ids.tolist(),
-                                       "length_penalty": model.head.length_penalty}
+                                       "length_penalty": model.head.length_penalty, "mix_loss": model.head.mix_loss}
     return config
 
 
@@ -189,7 +211,7 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
     except (KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{folder} was saved by version {own.get('version') if isinstance(own, dict) else None} and this is "
                            f"{__version__}, which cannot read its settings ({error}); use that version.") from error
-    if settings["task"] != "sequence-classification":
+    if settings["task"] not in POOLED:
         settings["pooler"] = "auto"
     settings |= own.get("cloze", {})
     if (kind := own.get("frozen_dtype")) is not None and "frozen_dtype" not in placement:
@@ -197,11 +219,17 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
             raise ConfigError(f"{folder} was trained on {kind} weights, which cannot be streamed from a file; use "
                               "stream_weights='host', or frozen_dtype=None (--frozen_dtype none) for the checkpoint's own.")
         placement = placement | {"frozen_dtype": kind}
+    if (trained := own.get("trained_backbone")) is not None:
+        settings["trained_backbone"] = trained
+        placement = placement | {"trained_backbone": trained}
     encoder, origin = _load_backbone(folder, name, placement) if backbone is None else load_encoder(backbone, **placement)
     for part, theirs, ours in (("weights", hashes[0], origin.weights_hash), ("pooler", hashes[1], origin.pooler_hash)):
         if theirs and theirs != ours:
             raise AdapterMismatch(f"{folder} was trained on {name} ({part} {theirs[:12]}), but {origin.location} has other "
                                   f"{part} ({ours[:12] or 'none'}); pass backbone= the original one.")
+    if settings["task"] == "cloze" and encoder.config.family != "glm":
+        settings["masked_lm"] = load_masked_lm_head(name if backbone is None else backbone, dtype=encoder.dtype,
+                                                    device=encoder.device)
     model = cls(encoder, origin, prompt, **settings)
     model.prompt_config.init = init
     fill(model, tensors, folder)
@@ -219,10 +247,16 @@ def _load_backbone(folder: Path, name: str, placement: dict[str, Any]) -> tuple[
 
 
 def fill(model: PromptedModel, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copy the file's tensors into prompt and head. Raises AdapterError naming a missing or mis-shaped one."""
+    """Copy the file's tensors into prompt, head and what trains of the backbone. Raises AdapterError naming a missing or
+    mis-shaped one."""
+    for name, parameter in trained_weights(model).items():
+        _assign(parameter, tensors.get(f"{_OWN}encoder.{name}"), f"{_OWN}encoder.{name}", folder)
     if model.prompt is not None:
         fill_prompt(model.prompt, tensors, folder)
     if isinstance(model.head, ClozeHead):
+        return
+    if isinstance(model.head, SpanHead):
+        _copy(model.head.qa_outputs, tensors, "base_model.qa_outputs.", folder)
         return
     prefix = "base_model.classifier."
     split = f"{prefix}out_proj.weight" in tensors
@@ -246,9 +280,13 @@ def fill_prompt(bank: PromptBank, tensors: dict[str, Tensor], folder: Path) -> N
 
 
 def load_prompt_into(bank: PromptBank, folder: str | Path) -> None:
-    """Start a prompt from a saved adapter's (PromptConfig.init = its folder). The head stays fresh."""
-    tensors, _ = read_tensors(Path(folder) / TENSORS)
-    fill_prompt(bank, tensors, Path(folder))
+    """Start a prompt from a saved adapter's (PromptConfig.init = its folder), or from one that data sets shared. The head stays
+    fresh."""
+    path = Path(folder)
+    if (path / DATA_SETS).is_file() and not (path / TENSORS).is_file():
+        path = path / json.loads((path / DATA_SETS).read_text())[0]
+    tensors, _ = read_tensors(path / TENSORS)
+    fill_prompt(bank, tensors, path)
 
 
 def _copy(linear: nn.Linear, tensors: dict[str, Tensor], prefix: str, folder: Path) -> None:

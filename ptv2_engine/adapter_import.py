@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ptv2_engine.adapter import TENSORS, fill, read_config, read_tensors
+from ptv2_engine.adapter import POOLED, TENSORS, fill, read_config, read_tensors
 from ptv2_engine.encoder import load_encoder
 from ptv2_engine.encoder.checkpoints import TensorDictionary, load_bin
 from ptv2_engine.encoder.weights import fingerprints
@@ -18,14 +18,15 @@ from ptv2_engine.prompt import PromptConfig
 if TYPE_CHECKING:
     from ptv2_engine.model import PromptedModel
 
-_TASKS = {"SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification"}
+_TASKS = {"SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification", "QUESTION_ANS": "question-answering"}
 
 
 def from_peft(cls: type[PromptedModel], folder: str | Path, base: str | Path | nn.Module | None = None, *,
               dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **options: Any) -> PromptedModel:
-    """Load a PEFT PREFIX_TUNING adapter (SEQ_CLS or TOKEN_CLS) on `base`, by default the model it names.
+    """Load a PEFT PREFIX_TUNING adapter (SEQ_CLS, TOKEN_CLS or QUESTION_ANS) on `base`, by default the model it names.
 
     RoBERTa-like and ELECTRA sequence heads are dense + out_proj in PEFT, both trained: the model gets pooler="trained".
+    PEFT drops the token_type_ids of question answering: such an adapter gives its own numbers without them.
     PEFT has no prefix dropout, so the prompt gets 0. A prefix projection comes flattened: PEFT does not save the MLP.
     Raises AdapterError for another kind of adapter.
     """
@@ -39,15 +40,16 @@ def from_peft(cls: type[PromptedModel], folder: str | Path, base: str | Path | n
     if rows is None:
         raise AdapterError(f"{folder} lacks the tensor prompt_embeddings; it is not a complete PREFIX_TUNING adapter.")
     split = "base_model.classifier.out_proj.weight" in tensors
-    classifier = tensors.get("base_model.classifier.out_proj.weight" if split else "base_model.classifier.weight")
-    if classifier is None:
-        raise AdapterError(f"{folder} lacks the classifier's weights; save it with modules_to_save=['classifier'].")
+    head = "qa_outputs" if task == "QUESTION_ANS" else "classifier"
+    weight = tensors.get("base_model.classifier.out_proj.weight" if split else f"base_model.{head}.weight")
+    if weight is None:
+        raise AdapterError(f"{folder} lacks the head's weights; save it with modules_to_save=[{head!r}].")
     source = config.get("base_model_name_or_path") if base is None else base
     if source is None:
         raise AdapterError(f"{folder} does not name its base model; pass base=.")
     encoder, origin = load_encoder(source, dtype=dtype, device=device)
     _check_width(rows, encoder.config, folder)
-    options = {"pooler": "trained" if split else "auto", "num_labels": classifier.shape[0]} | options
+    options = {"pooler": "trained" if split else "auto", "num_labels": weight.shape[0]} | options
     model = cls(encoder, origin, PromptConfig(prompt_length=rows.shape[0], prompt_dropout=0.0), task=_TASKS[task], **options)
     fill(model, tensors, folder)
     return model.eval()
@@ -62,7 +64,8 @@ def from_thudm(cls: type[PromptedModel], file: str | Path, base: str | Path | nn
 
     Arguments:
         file: its pytorch_model.bin (read with weights_only) or model.safetensors, or the folder of either.
-        task: by default sequence classification when the checkpoint has a pooler, else token classification.
+        task: by default question answering when the checkpoint has its head, else sequence classification when it has a pooler,
+            else token classification. Multiple choice looks like sequence classification: name it.
     Raises:
         AdapterError: no prefix or no classifier in it. AdapterMismatch: the checkpoint holds another backbone than `base`.
         CheckpointError: corrupt, or an unsafe pickle.
@@ -74,13 +77,15 @@ def from_thudm(cls: type[PromptedModel], file: str | Path, base: str | Path | nn
     if not path.is_file():
         raise AdapterError(f"{path} does not exist; pass the published code's pytorch_model.bin or its folder.")
     state: dict[str, Tensor] = read_tensors(path)[0] if path.suffix == ".safetensors" else load_bin(path)
-    for name in ("prefix_encoder.embedding.weight", "classifier.weight", "classifier.bias"):
+    head = "qa_outputs" if "qa_outputs.weight" in state else "classifier"
+    for name in ("prefix_encoder.embedding.weight", f"{head}.weight", f"{head}.bias"):
         if name not in state:
-            raise AdapterError(f"{path} lacks {name}; it is not a checkpoint of P-Tuning v2 for classification "
-                               "(question answering and shallow prompts cannot be imported yet).")
+            raise AdapterError(f"{path} lacks {name}; it is not a checkpoint of P-Tuning v2 (the published shallow prompts "
+                               "cannot be imported: they embed tokens twice).")
     embedding = state["prefix_encoder.embedding.weight"]
     projected = "prefix_encoder.trans.0.weight" in state
-    task = task or ("sequence-classification" if any("pooler." in n for n in state) else "token-classification")
+    pooled = "sequence-classification" if any("pooler." in n for n in state) else "token-classification"
+    task = task or ("question-answering" if head == "qa_outputs" else pooled)
     encoder, origin = load_encoder(base, dtype=dtype, device=device)
     backbone = TensorDictionary(str(path), origin.config, state)
     theirs, pooler = fingerprints(backbone)
@@ -90,8 +95,8 @@ def from_thudm(cls: type[PromptedModel], file: str | Path, base: str | Path | nn
     prompt = PromptConfig(prompt_length=embedding.shape[0], reparameterization="mlp" if projected else None,
                           reparameterization_hidden=state["prefix_encoder.trans.0.weight"].shape[0] if projected else 512)
     trained_pooler = "pooler.dense.weight" in state           # DeBERTa's ContextPooler, outside the backbone
-    own_pooler = task == "sequence-classification" and (trained_pooler or bool(pooler) and pooler != origin.pooler_hash)
-    tensors = {f"base_model.classifier.{'out_proj.' * own_pooler}{w}": state[f"classifier.{w}"] for w in ("weight", "bias")}
+    own_pooler = task in POOLED and (trained_pooler or bool(pooler) and pooler != origin.pooler_hash)
+    tensors = {f"base_model.{head}.{'out_proj.' * own_pooler}{w}": state[f"{head}.{w}"] for w in ("weight", "bias")}
     if own_pooler:
         options = {"pooler": "trained"} | options
         tensors |= {f"base_model.classifier.dense.{w}": t for w in ("weight", "bias")
@@ -103,7 +108,7 @@ def from_thudm(cls: type[PromptedModel], file: str | Path, base: str | Path | nn
     else:
         _check_width(embedding, encoder.config, path)
         tensors["prompt_embeddings"] = embedding
-    model = cls(encoder, origin, prompt, task=task, **{"num_labels": state["classifier.weight"].shape[0]} | options)
+    model = cls(encoder, origin, prompt, task=task, **{"num_labels": state[f"{head}.weight"].shape[0]} | options)
     fill(model, tensors, path)
     return model.eval()
 

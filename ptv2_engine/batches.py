@@ -16,10 +16,13 @@ from ptv2_engine.packing import IGNORE
 class PackedCollator:
     """Features of tokenised examples -> one packed batch, as a dictionary that PromptedModel.forward takes.
 
-    Each feature holds input_ids (a list, not padded) and optionally token_type_ids, label / labels / label_ids (a number,
-    or a list for token classification), prompt_ids (the example's prompt in a bank) and for cloze causal_from, position_ids (two
-    lists), candidate_ids and target_ids. The result holds
-    seq_lengths [B] first (transformers takes the batch size from the first tensor), input_ids [T], max_seqlen, and labels
+    Each feature holds input_ids (a list, not padded) and optionally token_type_ids, label / labels / label_ids (a number, or a
+    list for token classification), start_positions and end_positions, prompt_ids (the example's prompt in a bank),
+    mask_positions (the blank of a masked language model), and for GLM's cloze causal_from, position_ids (two lists),
+    candidate_ids and target_ids. Multiple choice: input_ids (and token_type_ids) is a list of lists, one a choice.
+
+    The result holds first what has an entry for each example (transformers takes the batch size from the first tensor):
+    seq_lengths [B], or choice_counts [B] in front of the seq_lengths of all choices; then input_ids [T], max_seqlen, and labels
     [B], or [B, S] filled with -100.
 
     `vocab_size` and `max_length` make the ids and lengths be checked here, on the host, so that a GPU step need not.
@@ -30,16 +33,24 @@ class PackedCollator:
         self.max_length = max_length
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        ids = [list(feature["input_ids"]) for feature in features]
+        batch: dict[str, Any] = {}
+        if features and is_choice(features[0]):
+            counts = [len(f["input_ids"]) for f in features]
+            batch = {"choice_counts": torch.tensor(counts), "max_choices": max(counts)}
+        ids = [list(row) for feature in features for row in sequences_of(feature)]
         lengths = [len(i) for i in ids]
-        batch: dict[str, Any] = {"seq_lengths": torch.tensor(lengths),
-                                 "input_ids": torch.tensor([i for row in ids for i in row], dtype=torch.long),
-                                 "max_seqlen": max(lengths, default=0)}
+        batch |= {"seq_lengths": torch.tensor(lengths),
+                  "input_ids": torch.tensor([i for row in ids for i in row], dtype=torch.long),
+                  "max_seqlen": max(lengths, default=0)}
         self._check(batch)
         if features and "token_type_ids" in features[0]:
-            batch["token_type_ids"] = torch.tensor([t for f in features for t in f["token_type_ids"]], dtype=torch.long)
+            types = [t for f in features for row in sequences_of(f, "token_type_ids") for t in row]
+            batch["token_type_ids"] = torch.tensor(types, dtype=torch.long)
         if features and "prompt_ids" in features[0]:
-            batch["prompt_ids"] = torch.tensor([int(f["prompt_ids"]) for f in features])
+            batch["prompt_ids"] = torch.tensor([int(f["prompt_ids"]) for f in features for _ in sequences_of(f)])
+        for key in ("start_positions", "end_positions", "mask_positions"):
+            if features and key in features[0]:
+                batch[key] = torch.tensor([int(f[key]) for f in features])
         if features and "position_ids" in features[0]:
             batch["position_ids"] = torch.tensor([[p for f in features for p in f["position_ids"][i]] for i in range(2)])
         if features and "causal_from" in features[0]:
@@ -62,6 +73,17 @@ class PackedCollator:
                              f"vocabulary of {self.vocab_size}; use the tokenizer that belongs to the backbone.")
 
 
+def is_choice(feature: Mapping[str, Any]) -> bool:
+    """Whether an example is several sequences, one a choice."""
+    ids = feature["input_ids"]
+    return len(ids) > 0 and isinstance(ids[0], (list, tuple))
+
+
+def sequences_of(feature: Mapping[str, Any], key: str = "input_ids") -> list[Sequence[int]]:
+    """The sequences of an example: one, or one a choice."""
+    return feature[key] if is_choice(feature) else [feature[key]]
+
+
 def _labels(values: list[Any], longest: int) -> Tensor:
     values = [v.tolist() if isinstance(v, Tensor) else v for v in values]
     if values and isinstance(values[0], (list, tuple)):
@@ -70,24 +92,29 @@ def _labels(values: list[Any], longest: int) -> Tensor:
 
 
 _OF_TOKENS = ("input_ids", "token_type_ids", "candidate_ids", "target_ids", "position_ids")     # in a packed batch
+_OF_SEQUENCES = ("seq_lengths", "prompt_ids")      # where an example has several
 
 
 def split_inputs(inputs: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]:
     """A model's keyword arguments, cut by sequences into up to `pieces` batches of about equal size; together they are the batch.
 
-    inputs: packed (PackedCollator's) or padded. Every tensor but those of the tokens has the sequences in its first dimension.
+    inputs: packed (PackedCollator's) or padded. Every tensor but those of the tokens has the examples in its first dimension;
+    where an example has several sequences (choice_counts), those of the sequences have them.
     """
-    packed = inputs.get("seq_lengths") is not None
-    count = inputs["seq_lengths" if packed else "input_ids"].shape[0]
+    packed, counts = inputs.get("seq_lengths") is not None, inputs.get("choice_counts")
+    count = inputs["seq_lengths" if packed else "input_ids"].shape[0] if counts is None else counts.shape[0]
     pieces = max(1, min(pieces, count))
     ends = [count * i // pieces for i in range(pieces + 1)]
-    offsets = [0, *inputs["seq_lengths"].cumsum(0).tolist()] if packed else ends
+    sequences = list(range(count + 1)) if counts is None else [0, *counts.cumsum(0).tolist()]
+    tokens = [0, *inputs["seq_lengths"].cumsum(0).tolist()] if packed else sequences
 
     def part(name: str, value: Any, first: int, last: int) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         if packed and name in _OF_TOKENS:
-            return value[..., offsets[first]:offsets[last]]
+            return value[..., tokens[sequences[first]]:tokens[sequences[last]]]
+        if counts is not None and name in _OF_SEQUENCES:
+            return value[sequences[first]:sequences[last]]
         return value[first:last]
 
     shared = ("seed",)                          # one for the batch, though it looks like one for the first sequence

@@ -22,6 +22,7 @@ from ptv2_engine.memory import Plan, Planner, Setup, card_bytes, largest_batch, 
 from ptv2_engine.memory.fit import CARDS
 from ptv2_engine.memory.peers import PEERS, plan_peer
 from ptv2_engine.memory.report import draw, size, table, write_json
+from ptv2_engine.model import TASKS
 from ptv2_engine.prompt import PromptConfig
 
 _SIZES = {"layers": "num_hidden_layers", "hidden_size": "hidden_size", "heads": "num_attention_heads",
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--family", choices=sorted(FAMILIES), help="in place of --model, with --layers, --hidden-size, ...")
     for name in _SIZES:
         add(f"--{name.replace('_', '-')}", type=int)
-    add("--task", default="sequence-classification", choices=["sequence-classification", "token-classification", "cloze"])
+    add("--task", default="sequence-classification", choices=TASKS)
     add("--num-labels", type=int, default=2)
     add("--batch-size", type=int, default=16)
     add("--seq-len", "--max-seq-length", type=int, help="real tokens of each sequence; default 512, or what the prompt leaves")

@@ -1,6 +1,7 @@
-"""The cloze head: class scores from the backbone's own, frozen language-model head. It has no parameters.
+"""The cloze head: class scores from the backbone's own, frozen language-model head. Nothing of it trains.
 
-One token an answer (a verbalizer): the scores are the logits of those tokens at <sop>, B rows times C vocabulary rows.
+One token an answer (a verbalizer): the scores are the logits of those tokens at GLM's <sop>, or at the blank of a masked language
+model, B rows times C vocabulary rows.
 Answers of several tokens: all candidates lie behind one context and do not see each other; a candidate's score is the sum
 of its tokens' log-probabilities over the vocabulary (PET, arXiv 2001.07676; GLM, arXiv 2103.10360, section 3.2).
 """
@@ -24,12 +25,18 @@ class ClozeHead(nn.Module):
         vocab_size: rows of the word embeddings.
         verbalizer_ids: the token of each class, or None where examples bring candidates.
         length_penalty: candidate scores are divided by their token count to this power (WSC uses 1 as published); 0: sums.
+        mix_loss: the right candidate's negative score is added to the cross-entropy (WSC, as published).
+        masked_lm: a masked language model's head (masked_lm.py), in place of GLM's tied word embeddings.
     """
 
     verbalizer_ids: Tensor | None
 
-    def __init__(self, vocab_size: int, verbalizer_ids: list[int] | None = None, length_penalty: float = 0.0) -> None:
+    def __init__(self, vocab_size: int, verbalizer_ids: list[int] | None = None, length_penalty: float = 0.0,
+                 mix_loss: bool = False, masked_lm: nn.Module | None = None) -> None:
         super().__init__()
+        if masked_lm is not None and verbalizer_ids is None:
+            raise ConfigError("a masked language model fills its blank with one token, so it takes no candidate answers; pass "
+                              "verbalizer_ids, or use a GLM backbone.")
         wrong = [i for i in verbalizer_ids or [] if not 0 <= i < vocab_size]
         if wrong:
             raise ConfigError(f"verbalizer id {wrong[0]} is outside the vocabulary of {vocab_size}; use ids of the backbone's "
@@ -38,7 +45,21 @@ class ClozeHead(nn.Module):
             raise ConfigError(f"verbalizer_ids {verbalizer_ids} name one token twice; each class needs a token of its own.")
         ids = None if verbalizer_ids is None else torch.tensor(verbalizer_ids)
         self.register_buffer("verbalizer_ids", ids, persistent=False)
-        self.length_penalty = length_penalty
+        self.length_penalty, self.mix_loss, self.masked_lm = length_penalty, mix_loss, masked_lm
+
+    def blank_rows(self, batch: PackedBatch, mask_positions: Tensor | None) -> Tensor:
+        """int64 [B]: the row whose state fills each sequence's blank. Raises InputError (on the host)."""
+        if self.masked_lm is None:
+            return self.sop_rows(batch)
+        if mask_positions is None or mask_positions.shape != (batch.num_sequences,):
+            found = None if mask_positions is None else tuple(mask_positions.shape)
+            raise InputError(f"mask_positions is {found}, but a masked language model needs the index of the mask token in each "
+                             f"of {batch.num_sequences} sequences; make the features with ClozeTask.")
+        if readable(mask_positions) and bool(((mask_positions < 0) | (mask_positions >= batch.lengths())).any()):
+            b = int(((mask_positions < 0) | (mask_positions >= batch.lengths())).nonzero()[0])
+            raise InputError(f"mask_positions[{b}] is {int(mask_positions[b])}, but the sequence has {int(batch.lengths()[b])} "
+                             "tokens; make the features with ClozeTask.")
+        return batch.cu_seqlens[:-1].long() + mask_positions.long()
 
     def sop_rows(self, batch: PackedBatch) -> Tensor:
         """int64 [B]: the row of each sequence's first token of part B. Raises InputError without one (on the host)."""
@@ -55,6 +76,8 @@ class ClozeHead(nn.Module):
         if self.verbalizer_ids is None:
             raise InputError("this cloze model has no verbalizers and the batch has no target_ids; set verbalizer_ids, or pass "
                              "candidates.")
+        if self.masked_lm is not None:
+            return self.masked_lm(h_BH, word_VH, self.verbalizer_ids)
         return h_BH.float() @ word_VH[self.verbalizer_ids].float().t()
 
     def target_rows(self, target_ids: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:

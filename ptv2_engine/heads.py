@@ -3,7 +3,8 @@
 Sequence classification on BERT and RoBERTa: frozen pretrained pooler -> dropout -> Linear(H, C). Where a checkpoint has no
 pooler (ELECTRA), or on request, a dense layer is trained in its place: dropout -> Linear(H, H) -> tanh or gelu -> dropout ->
 Linear(H, C). That is transformers' RobertaClassificationHead, and with DeBERTa's pooler_dropout its ContextPooler. Token
-classification: dropout -> Linear(H, C).
+classification: dropout -> Linear(H, C). Question answering: Linear(H, 2), without dropout. Multiple choice: as sequence
+classification with one output, for every choice.
 Head parameters are fp32 and hidden states are widened to them: C columns cost nothing, and the logits are exact.
 """
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptv2_engine.encoder import EncoderConfig
 from ptv2_engine.errors import ConfigError, LabelError
 from ptv2_engine.ops import readable
 from ptv2_engine.packing import IGNORE
@@ -54,6 +56,29 @@ class TokenClassificationHead(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         return self.classifier(self.dropout(x_TH.to(self.classifier.weight.dtype)))
+
+
+class SpanHead(nn.Module):
+    """[T, H] -> fp32 logits [T, 2]: start and end of the answer. No dropout, as published."""
+
+    def __init__(self, hidden_size: int, std: float) -> None:
+        super().__init__()
+        self.qa_outputs = _linear(hidden_size, 2, std)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return self.qa_outputs(x_TH.to(self.qa_outputs.weight.dtype))
+
+
+def make_head(task: str, config: EncoderConfig, num_labels: int, dropout: float,
+              trained_pooler: bool) -> SequenceClassificationHead | TokenClassificationHead | SpanHead:
+    """A fresh head for a task. trained_pooler: it trains a dense layer in the pretrained pooler's place."""
+    size, std = config.hidden_size, config.initializer_range
+    if task == "token-classification":
+        return TokenClassificationHead(size, num_labels, dropout, std)
+    if task == "question-answering":
+        return SpanHead(size, std)
+    activation = config.pooler_activation if trained_pooler else None
+    return SequenceClassificationHead(size, num_labels, dropout, std, activation, config.pooler_dropout)
 
 
 def _linear(in_features: int, out_features: int, std: float) -> nn.Linear:
@@ -101,6 +126,7 @@ def classification_loss(logits_RC: Tensor, labels: Tensor, problem_type: str | N
         if readable(labels):
             check_labels(labels, C)
         loss = F.cross_entropy(logits_RC, labels.view(-1).long(), ignore_index=IGNORE, reduction=reduction)
+        loss = torch.where((labels == IGNORE).all(), 0.0, loss)       # nothing to score: 0, not the mean of nothing
     elif kind == "regression":
         loss = F.mse_loss(logits_RC.squeeze(-1) if C == 1 else logits_RC, labels.to(logits_RC.dtype).view(
             -1 if C == 1 else labels.shape[0], *([] if C == 1 else [C])), reduction=reduction)

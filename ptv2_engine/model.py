@@ -1,6 +1,7 @@
 """PromptedModel: a frozen encoder, a trainable prompt and a small head, with the signature and outputs of transformers.
 
-The only place where encoder, prompt and head meet. Exactly the prompt's and the head's parameters require grad.
+The only place where encoder, prompt and head meet. Exactly the prompt's and the head's parameters require grad, and those that
+trained_backbone names.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_engine.cloze import ClozeHead
-from ptv2_engine.encoder import Encoder, Origin, load_encoder
+from ptv2_engine.encoder import Encoder, Origin, check_trained, load_encoder
 from ptv2_engine.errors import ConfigError, InputError, OutOfMemory
-from ptv2_engine.heads import SequenceClassificationHead, TokenClassificationHead, classification_loss
+from ptv2_engine.heads import SequenceClassificationHead, TokenClassificationHead, make_head
 from ptv2_engine.hf_config import head_dropout_of, label_names, transformers_config
+from ptv2_engine.masked_lm import load_masked_lm_head
 from ptv2_engine.ops import readable
-from ptv2_engine.packing import PackedBatch, from_packed, pack, unpack, with_parts
+from ptv2_engine.outputs import Scored, Targets, as_output, score
+from ptv2_engine.packing import PackedBatch, from_packed, pack, with_parts
 from ptv2_engine.prompt import PromptBank, PromptConfig
 
-TASKS = ("sequence-classification", "token-classification", "cloze")
-LATER = ("question-answering", "multiple-choice")
-CLOZE_FAMILIES = ("glm",)            # whose checkpoints bring a language-model head that this stack loads: GLM's is tied
+TASKS = ("sequence-classification", "token-classification", "question-answering", "multiple-choice", "cloze")
+OF_TOKENS = ("token-classification", "question-answering")        # tasks whose head reads every token, and no pooler
+OUTPUTS = {"question-answering": 2, "multiple-choice": 1}         # heads whose size is not the number of classes
+CLOZE_FAMILIES = ("glm",)            # whose language-model head is its tied word embeddings; others load masked_lm.py's
 
 
 class PromptedModel(nn.Module):
@@ -36,42 +40,38 @@ class PromptedModel(nn.Module):
                  num_labels: int | None = None, id2label: dict[int, str] | None = None, label2id: dict[str, int] | None = None,
                  pooler: str = "auto", problem_type: str | None = None, shift_positions: bool = True,
                  head_dropout: float | None = None, verbalizer_ids: list[int] | None = None,
-                 length_penalty: float = 0.0) -> None:
+                 length_penalty: float = 0.0, mix_loss: bool = False, masked_lm: nn.Module | None = None,
+                 trained_backbone: str | None = None) -> None:
         super().__init__()
         if task not in TASKS:
-            known = "is planned but not there yet" if task in LATER else "does not exist"
-            raise ConfigError(f"task {task!r} {known}; choose one of {', '.join(TASKS)}.")
+            raise ConfigError(f"task {task!r} does not exist; choose one of {', '.join(TASKS)}.")
+        if task in OUTPUTS:
+            if num_labels not in (None, OUTPUTS[task]):
+                raise ConfigError(f"num_labels {num_labels} does not fit task {task!r}, whose head has {OUTPUTS[task]} outputs; "
+                                  "leave it out.")
+            num_labels, id2label, label2id = OUTPUTS[task], {i: f"LABEL_{i}" for i in range(OUTPUTS[task])}, None
         if task == "cloze":
-            _check_cloze(encoder, prompt, verbalizer_ids, num_labels, id2label)
+            _check_cloze(encoder, prompt, verbalizer_ids, num_labels, id2label, trained_backbone, masked_lm)
             num_labels = len(verbalizer_ids) if verbalizer_ids and id2label is None and label2id is None else num_labels
         self.id2label = label_names(origin.config, num_labels, id2label, label2id)
         num_labels = len(self.id2label)
         prompt = replace(prompt)      # a copy: the caller may build several models from one PromptConfig
         self.encoder, self.origin, self.prompt_config = encoder, origin, prompt
         self.task, self.num_labels, self.problem_type, self.shift_positions = task, num_labels, problem_type, shift_positions
-        for parameter in encoder.parameters():
-            parameter.requires_grad_(False)
+        encoder.train_backbone(trained_backbone)
         self.prompt = None if prompt.method == "none" else PromptBank(prompt, encoder.config)
         self.pooler_kind = self._pooler_kind(pooler)
-        self.head = self._make_head(head_dropout, verbalizer_ids, length_penalty)
+        if encoder.pooler is not None and (self.pooler_kind != "frozen" or task == "cloze" or task in OF_TOKENS):
+            encoder.pooler.requires_grad_(False)           # not read
+        dropout = head_dropout_of(origin.config, encoder.config.hidden_dropout) if head_dropout is None else head_dropout
+        self.head = ClozeHead(encoder.config.vocab_size, verbalizer_ids, length_penalty, mix_loss, masked_lm) if (
+            task == "cloze") else make_head(task, encoder.config, num_labels, dropout, self.pooler_kind == "trained")
         self.config = transformers_config(origin.config, self.id2label, problem_type)
         if self.prompt is not None:
             self._initialise(prompt)
         for part in (self.prompt, self.head):       # not the encoder: it is in its place, or streams from the host
             if part is not None and any(t.device != encoder.device for t in (*part.parameters(), *part.buffers())):
                 part.to(encoder.device)
-
-    def _make_head(self, head_dropout: float | None, verbalizer_ids: list[int] | None,
-                   length_penalty: float) -> SequenceClassificationHead | TokenClassificationHead | ClozeHead:
-        config = self.encoder.config
-        if self.task == "cloze":
-            return ClozeHead(config.vocab_size, verbalizer_ids, length_penalty)
-        dropout = head_dropout_of(self.origin.config, config.hidden_dropout) if head_dropout is None else head_dropout
-        size, std = config.hidden_size, config.initializer_range
-        if self.task == "token-classification":
-            return TokenClassificationHead(size, self.num_labels, dropout, std)
-        activation = config.pooler_activation if self.pooler_kind == "trained" else None
-        return SequenceClassificationHead(size, self.num_labels, dropout, std, activation, config.pooler_dropout)
 
     def _pooler_kind(self, wanted: str) -> str:
         if wanted not in ("auto", "frozen", "trained"):
@@ -102,14 +102,16 @@ class PromptedModel(nn.Module):
 
         Arguments:
             source: hub id, local folder, or a transformers model that is already in memory.
-            task: "sequence-classification", "token-classification" or "cloze" (GLM).
+            task: one of TASKS: "sequence-classification", "token-classification", "question-answering", "multiple-choice" or
+                "cloze" (the frozen language model fills a blank).
             num_labels, id2label, or label2id (an option): the classes; default those of the checkpoint's config, as in
                 transformers.
             prompt: PromptConfig; default 20 rows in every layer. dtype: of the backbone, default the checkpoint's.
             memory: what layers keep for backward, "exact", "lean" or "minimal" (encoder/layer.py). frozen_dtype: "bf16", "int8",
                 "fp8" or "nf4" for the layers' matrices. stream_weights: "host" or "file", where those stay (load_encoder).
             options: label2id, pooler ("auto", "frozen", "trained"), problem_type, shift_positions, head_dropout; for cloze
-                verbalizer_ids (a token for each class) and length_penalty.
+                verbalizer_ids (a token for each class), length_penalty, mix_loss. trained_backbone: "all" (fine-tuning) or "bias"
+                (BitFit) trains the backbone too, in plain PyTorch and fp32 (encoder/stack.py).
         Returns:
             The model in evaluation mode, as in transformers: call train() before a loop of your own.
         Raises:
@@ -117,12 +119,14 @@ class PromptedModel(nn.Module):
         """
         try:
             encoder, origin = load_encoder(source, dtype=dtype, device=device, frozen_dtype=frozen_dtype,
-                                           stream_weights=stream_weights)
+                                           stream_weights=stream_weights, trained_backbone=options.get("trained_backbone"))
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"the frozen weights do not fit into {device} ({str(error).split('. ')[0]}); use "
                               "dtype=torch.bfloat16, frozen_dtype='int8' or 'nf4', or stream_weights='host' (ptv2 memory plans "
                               "it).") from error
         encoder.set_memory(memory)
+        if task == "cloze" and encoder.config.family not in CLOZE_FAMILIES:
+            options.setdefault("masked_lm", load_masked_lm_head(source, dtype=encoder.dtype, device=encoder.device))
         model = cls(encoder, origin, prompt or PromptConfig(), task=task, num_labels=num_labels, id2label=id2label, **options)
         return model.eval()
 
@@ -147,6 +151,7 @@ class PromptedModel(nn.Module):
     def set_backbone_dtype(self, dtype: torch.dtype) -> None:
         """Cast the frozen weights once (bf16 training); prompt and head stay fp32. Codes stay as they are. Raises ConfigError for
         streamed weights of another dtype."""
+        check_trained(self.encoder.trained_backbone, dtype=dtype)
         stream = self.encoder.stream
         if stream is not None and stream.plain_dtype not in (None, dtype):
             raise ConfigError(f"streamed weights lie in host memory or in their file as {_name(stream.plain_dtype)} and cannot "
@@ -156,7 +161,7 @@ class PromptedModel(nn.Module):
     def set_hidden_dropout(self, p: float) -> None:
         """Backbone's hidden dropout, prompt dropout and head dropout at once: the published --hidden_dropout_prob."""
         self.encoder.hidden_dropout = self.prompt_config.prompt_dropout = p
-        if not isinstance(self.head, ClozeHead):
+        if isinstance(self.head, (SequenceClassificationHead, TokenClassificationHead)):
             self.head.dropout.p = p
 
     def set_memory(self, policy: str) -> None:
@@ -213,23 +218,35 @@ class PromptedModel(nn.Module):
                 token_type_ids: Tensor | None = None, labels: Tensor | None = None, *, prompt_ids: Tensor | None = None,
                 seq_lengths: Tensor | None = None, max_seqlen: int | None = None, causal_from: Tensor | None = None,
                 position_ids: Tensor | None = None, candidate_ids: Tensor | None = None, target_ids: Tensor | None = None,
+                start_positions: Tensor | None = None, end_positions: Tensor | None = None, choice_counts: Tensor | None = None,
+                max_choices: int | None = None, mask_positions: Tensor | None = None,
                 num_items_in_batch: int | Tensor | None = None, seed: Tensor | None = None, return_dict: bool = True) -> Any:
         """transformers' forward.
 
         Arguments:
             input_ids: [B, S] with attention_mask and token_type_ids [B, S], or packed [T] with seq_lengths [B] (and
-                max_seqlen, an int that spares a read-back from the GPU).
-            labels: [B] classes or values, [B, C] multi-label; [B, S] for token classification with -100 ignored.
+                max_seqlen, an int that spares a read-back from the GPU). Multiple choice: [B, C, S], or choice_counts [B] of the
+                sequences that are choices of one example (and max_choices, the largest).
+            labels: [B] classes or values, [B, C] multi-label; [B, S] for token classification with -100 ignored;
+                [B] the right choice. start_positions, end_positions: [B] tokens of the answer, for question answering.
             prompt_ids: [B], each sequence's prompt in the bank. seed: int64 tensor [1] that fixes
                 the deep prompt's and the backbone's dropout masks.
             causal_from [B], position_ids [B, 2, S] or [2, T]: GLM's part B (see packing.with_parts). Cloze over candidates:
-                candidate_ids and target_ids, [B, S] or [T]; tasks.cloze makes all four.
+                candidate_ids and target_ids, [B, S] or [T]; tasks.cloze makes all four. mask_positions [B]: the blank of a masked
+                language model, an index in its sequence.
         Returns:
-            SequenceClassifierOutput (logits [B, C]; cloze: over verbalizers or candidates) or TokenClassifierOutput (logits
-            [B, S, C], zero where padded); a tuple (loss, logits) with return_dict=False.
+            SequenceClassifierOutput (logits [B, C]; cloze: over verbalizers or candidates), TokenClassifierOutput (logits
+            [B, S, C], zero where padded), QuestionAnsweringModelOutput (start_logits, end_logits [B, S], -10000 where padded) or
+            MultipleChoiceModelOutput (logits [B, C]); a tuple (loss, logits) with return_dict=False.
         """
         if input_ids is None:
             raise InputError("input_ids is missing; pass the tokenizer's output (inputs_embeds is not taken).")
+        if self.task == "multiple-choice" and input_ids.dim() == 3:            # transformers' layout: [B, C, S]
+            choice_counts = input_ids.new_full(input_ids.shape[:1], input_ids.shape[1])
+            prompt_ids = None if prompt_ids is None else prompt_ids.repeat_interleave(input_ids.shape[1])
+            attention_mask, token_type_ids = (
+                None if t is None else t.flatten(0, 1) for t in (attention_mask, token_type_ids))
+            input_ids = input_ids.flatten(0, 1)
         batch = self.packed_batch(input_ids, attention_mask, token_type_ids, prompt_ids, seq_lengths, max_seqlen)
         if causal_from is not None or position_ids is not None:
             if self.encoder.config.family not in CLOZE_FAMILIES:
@@ -237,40 +254,33 @@ class PromptedModel(nn.Module):
                                  "leave them out.")
             batch = with_parts(batch, causal_from, position_ids, candidate_ids)
         if isinstance(self.head, ClozeHead):
-            scores = logits = self._cloze_scores(self.head, batch, target_ids, candidate_ids, seed)
-        elif self.task == "token-classification":
-            scores = self.head(self.hidden_states(batch, seed))
-            logits, labels = unpack(scores, batch), self._packed_labels(labels, batch)
+            scores = self._cloze_scores(self.head, batch, target_ids, candidate_ids, mask_positions, seed)
         else:
-            first_BH = self.hidden_states(batch, seed, first_tokens_only=True)
-            scores = logits = self.head(self.encoder.pool(first_BH) if self.pooler_kind == "frozen" else first_BH)
-        # A batch of rows with one candidate each is a choice too, and no regression
-        problem_type = "single_label_classification" if self.task == "cloze" else self.problem_type
-        loss = None if labels is None else classification_loss(scores, labels, problem_type, num_items_in_batch)
-        if not return_dict:
-            return (logits,) if loss is None else (loss, logits)
-        from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
+            x = self.hidden_states(batch, seed, first_tokens_only=self.task not in OF_TOKENS)
+            scores = self._head_scores(x)
+        scored = score(self.task, scores, batch, Targets(labels, start_positions, end_positions), problem_type=self.problem_type,
+                       num_items=num_items_in_batch, choice_counts=choice_counts, max_choices=max_choices,
+                       mix_loss=isinstance(self.head, ClozeHead) and self.head.mix_loss)
+        return as_output(self.task, scored, return_dict)
 
-        output = TokenClassifierOutput if self.task == "token-classification" else SequenceClassifierOutput
-        return output(loss=loss, logits=logits)
+    def _head_scores(self, x: Tensor) -> Tensor:
+        """The head's scores of tokens [T, H] or first tokens [B, H]."""
+        return self.head(self.encoder.pool(x) if self.task not in OF_TOKENS and self.pooler_kind == "frozen" else x)
+
+    def score_hidden(self, x_TH: Tensor, batch: PackedBatch, targets: Targets, **choices: Any) -> Scored:
+        """Logits and loss of hidden states that are computed already, of all tokens. choices: outputs.score's."""
+        x = x_TH if self.task in OF_TOKENS else x_TH[batch.cu_seqlens[:-1].long()]
+        return score(self.task, self._head_scores(x), batch, targets, problem_type=self.problem_type, **choices)
 
     def _cloze_scores(self, head: ClozeHead, batch: PackedBatch, target_ids: Tensor | None, candidate_ids: Tensor | None,
-                      seed: Tensor | None) -> Tensor:
+                      mask_positions: Tensor | None, seed: Tensor | None) -> Tensor:
         """fp32 [B, C]; the last layer and the vocabulary are computed for the rows that predict something only."""
         word_VH = self.encoder.embeddings.word
         if target_ids is None:
-            return head.verbalize(self.hidden_states(batch, seed, output_rows_R=head.sop_rows(batch)), word_VH)
+            return head.verbalize(self.hidden_states(batch, seed, output_rows_R=head.blank_rows(batch, mask_positions)), word_VH)
         rows_R, targets_R = head.target_rows(target_ids, batch)
         h_RH = self.hidden_states(batch, seed, output_rows_R=rows_R)
         return head.score(h_RH, word_VH, rows_R, targets_R, candidate_ids, batch)
-
-    def _packed_labels(self, labels: Tensor | None, batch: PackedBatch) -> Tensor | None:
-        if labels is None or labels.dim() == 1:
-            return labels
-        if labels.shape != batch.shape:
-            raise InputError(f"labels are {tuple(labels.shape)}, but the batch is {batch.shape}; "
-                             "pad them with -100 to one label a token.")
-        return labels.flatten()[batch.grid_T]
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write the adapter (prompt, head, what they belong to), kilobytes, atomically. Raises OutputError."""
@@ -317,13 +327,13 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check_cloze(encoder: Encoder, prompt: PromptConfig, verbalizer_ids: list[int] | None, num_labels: int | None,
-                 id2label: dict[int, str] | None) -> None:
+                 id2label: dict[int, str] | None, trained_backbone: str | None, masked_lm: nn.Module | None) -> None:
     """Raises ConfigError for a cloze model that cannot be or has nothing to train."""
     family = encoder.config.family
-    if family not in CLOZE_FAMILIES:
-        raise ConfigError(f"task 'cloze' needs a backbone with a language-model head that this stack loads "
-                          f"({', '.join(CLOZE_FAMILIES)}), but this one is {family}; use task='sequence-classification'.")
-    if prompt.method == "none":
+    if family not in CLOZE_FAMILIES and masked_lm is None:
+        raise ConfigError(f"task 'cloze' on a {family} backbone needs its masked-language-model head; pass masked_lm "
+                          "(load_masked_lm_head), or use task='sequence-classification'.")
+    if prompt.method == "none" and trained_backbone is None:
         raise ConfigError("task 'cloze' with method='none' has nothing to train: its head is the frozen language model; use "
                           "method='deep' or 'shallow'.")
     classes = num_labels if num_labels is not None else None if id2label is None else len(id2label)

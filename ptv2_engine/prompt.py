@@ -32,8 +32,9 @@ class PromptConfig:
         v1) between a small embedding and the prompt; reparameterization_hidden is its width.
     prompt_dropout: on the prefix's elements in training, drawn for each sequence, as published. Rows of a shallow prompt get the
         backbone's hidden dropout like any input embedding instead.
-    init: "normal" (std init_std), "zero", "tokens" (keys and values, or input embeddings, of init_tokens, or of random
-        vocabulary entries), or the path of a saved adapter.
+    init: "normal" (std init_std), "zero", "tokens" (keys and values, or input embeddings, of init_tokens, or of random entries of
+        the whole vocabulary, as PEFT draws them), or the path of a saved adapter. methods.prompt_init makes init_tokens of a text
+        or of ordinary words, which needs a tokenizer.
     method: "deep" (P-Tuning v2), "shallow" (prompt tuning; with a reparameterization, P-tuning v1), "none" (head only).
         Pooling stays on the first token ([CLS]), also behind a shallow prompt.
     num_prompts: K; prompt_lengths: rows in use of each, default all P.

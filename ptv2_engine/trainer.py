@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptv2_engine.adapter import TENSORS, fill, read_tensors, replace_file
-from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler, split_inputs
+from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler, sequences_of, split_inputs
 from ptv2_engine.errors import ConfigError, DataError, NonFiniteLoss, OutOfMemory, OutputError
 from ptv2_engine.model import PromptedModel
 from ptv2_engine.optim import add_back, parameter_groups, set_aside
@@ -90,7 +90,7 @@ class Trainer(transformers.Trainer):
         self._plan(model, args, train_dataset, plan_memory, auto_batch)
         args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
         if args.label_names is None:
-            args.label_names = ["labels"]
+            args.label_names = ["start_positions", "end_positions"] if model.task == "question-answering" else ["labels"]
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
                          eval_dataset=eval_dataset, **kwargs)
         self.tokens_seen = 0
@@ -101,7 +101,7 @@ class Trainer(transformers.Trainer):
         """Token-balanced batches for training on a data set whose lengths are known; transformers' loader otherwise."""
         if not (is_training and self.packs) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        sampler = self._sampler(_lengths(dataset), self.args, batch_size)
+        sampler = self._sampler([sum(example) for example in _sequences(dataset)], self.args, batch_size)
         workers = self.args.dataloader_num_workers
         # A generator of its own: starting an epoch must not draw from the generator that seeds dropout
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self._get_collator_with_removed_columns(
@@ -122,19 +122,20 @@ class Trainer(transformers.Trainer):
                               "your own; choose per_device_train_batch_size and gradient_accumulation_steps yourself.")
         if not known or not (check or auto_batch):
             return
-        lengths = _lengths(dataset)
+        examples = _sequences(dataset)
+        lengths = [sum(example) for example in examples]
         if args.per_device_train_batch_size < 1:
             raise ConfigError(f"per_device_train_batch_size {args.per_device_train_batch_size} is below 1; use 1 or more.")
         if auto_batch:
-            self.micro_batches = choose_micro_batch(model, args, lengths)
+            self.micro_batches = choose_micro_batch(model, args, examples)
         elif check:
             sampler, worst = self._sampler(lengths, args, args.per_device_train_batch_size), list[int]()
             epochs = min(3, math.ceil(args.num_train_epochs)) if len(lengths) < 50_000 else 1     # their orders differ a little
             for epoch in range(max(epochs, 1)):
                 sampler.set_epoch(epoch)
-                worst = max([worst, *([lengths[i] for i in batch] for batch in sampler)], key=sum)
+                worst = max([worst, *([n for i in batch for n in examples[i]] for batch in sampler)], key=sum)
             if worst:
-                check_fits(model, worst, lengths, args)
+                check_fits(model, worst, examples, args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """transformers' step; where memory runs out, the same step in smaller pieces, and nothing of the failed one is kept."""
@@ -228,8 +229,11 @@ class Trainer(transformers.Trainer):
         load_adapter_into(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
 
-def load_adapter_into(model: PromptedModel, folder: str | Path) -> None:
+def load_adapter_into(model: Any, folder: str | Path) -> None:
     """Copy a saved adapter's prompt and head into a model of the same configuration. Raises AdapterError."""
+    if not isinstance(model, PromptedModel):                # an outside reference
+        model.load_adapter(folder)
+        return
     tensors, _ = read_tensors(Path(folder) / TENSORS)
     fill(model, tensors, Path(folder))
 
@@ -291,27 +295,32 @@ class _Throughput(TrainerCallback):
 
 def _num_tokens(inputs: dict[str, Any]) -> int:
     """Real tokens of a batch, without reading anything back from a GPU when it is packed."""
+    if "parts" in inputs:                                   # of several data sets
+        return sum(map(_num_tokens, inputs["parts"]))
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     return ids.numel() if ids.dim() == 1 or mask is None else int(mask.sum())
 
 
-def _lengths(dataset: Any) -> list[int]:
-    """Tokens of each example, read column-wise where the data set allows it."""
+def _sequences(dataset: Any) -> list[list[int]]:
+    """Tokens of each example's sequences (several for multiple choice), read column-wise where the data set allows it."""
     try:
         column = dataset["input_ids"]
     except (TypeError, KeyError, IndexError):
         column = (dataset[i]["input_ids"] for i in range(len(dataset)))
-    return [len(ids) for ids in column]
+    return [[len(ids) for ids in sequences_of({"input_ids": row})] for row in column]
 
 
-_TASKS_BY_CLASS = {"ForSequenceClassification": "sequence-classification", "ForTokenClassification": "token-classification"}
+_TASKS_BY_CLASS = {"ForSequenceClassification": "sequence-classification", "ForTokenClassification": "token-classification",
+                   "ForQuestionAnswering": "question-answering", "ForMultipleChoice": "multiple-choice"}
 
 
-def _wrapped(model: nn.Module, prompt: PromptConfig | None, task: str | None) -> PromptedModel:
+def _wrapped(model: Any, prompt: PromptConfig | None, task: str | None) -> PromptedModel:
     if isinstance(model, PromptedModel):
         if prompt is not None or task is not None:
             raise ConfigError("prompt and task are for wrapping a transformers model, but this model is a PromptedModel already; "
                               "set them in PromptedModel.from_pretrained.")
+        return model
+    if getattr(model, "is_outside", False):
         return model
     name = type(model).__name__
     task = task or next((t for ending, t in _TASKS_BY_CLASS.items() if name.endswith(ending)), "sequence-classification")

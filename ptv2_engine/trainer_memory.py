@@ -36,6 +36,15 @@ def setup_of(model: PromptedModel, lengths: Sequence[int], device: torch.device,
         accumulates=accumulates)
 
 
+def is_planned(model: nn.Module) -> bool:
+    """Whether the planner knows this model's steps: a backbone that trains runs in plain PyTorch, an outside reference elsewhere.
+    A step of theirs that runs out of memory is still redone in pieces."""
+    known = isinstance(model, PromptedModel) and model.encoder.trained_backbone is None
+    if not known:
+        _log.debug("memory is not planned for a %s whose backbone trains, or that is no PromptedModel", type(model).__name__)
+    return known
+
+
 def available(device: torch.device, model: PromptedModel | None = None) -> int:
     """Bytes that a training step may take on the device: what is free, and what this process (the model) holds there already.
     The same on all processes of a distributed run: the least of theirs."""
@@ -87,11 +96,13 @@ class Budget:
             _log.warning("memory was not planned: %s", error)
             return None
 
-    def largest_piece(self, batch: int, lengths: Sequence[int]) -> int:
-        """The largest divisor of a batch size whose longest sequences fit together; 0 where not even one does."""
-        longest = tuple(sorted(lengths, reverse=True)[:batch])
+    def largest_piece(self, batch: int, examples: Sequence[Sequence[int]]) -> int:
+        """The largest divisor of a batch size whose longest examples fit together; 0 where not even one does. examples: the
+        tokens of each one's sequences."""
+        longest = sorted(examples, key=sum, reverse=True)[:batch]
         for count in (n for n in range(batch, 0, -1) if batch % n == 0):
-            plan = self.plan(replace(self.setup, lengths=longest[:count], accumulates=self.setup.accumulates or count < batch))
+            lengths = tuple(n for example in longest[:count] for n in example)
+            plan = self.plan(replace(self.setup, lengths=lengths, accumulates=self.setup.accumulates or count < batch))
             if plan is None or plan.peak <= self.limit:
                 return count
         return 0
@@ -105,14 +116,16 @@ class Budget:
         return f"{what}, but {size(self.limit)} are free for it on {self.device}; use {', or '.join(ways)}."
 
 
-def check_fits(model: PromptedModel, worst: Sequence[int], lengths: Sequence[int], args: TrainingArguments) -> None:
+def check_fits(model: PromptedModel, worst: Sequence[int], examples: Sequence[Sequence[int]], args: TrainingArguments) -> None:
     """Raises OutOfMemory, saying what would fit, when the largest batch of a run does not fit where it trains. worst: tokens of
-    that batch's sequences; lengths: of all."""
+    that batch's sequences; examples: of every example's."""
+    if not is_planned(model):
+        return
     setup = setup_of(model, worst, args.device, args.gradient_accumulation_steps > 1)
     budget = Budget(setup, available(args.device, model), args.device)
     plan = budget.plan(setup)
     if plan is not None and plan.peak > budget.limit:
-        pieces = budget.largest_piece(args.per_device_train_batch_size, lengths)
+        pieces = budget.largest_piece(args.per_device_train_batch_size, examples)
         what = f"a step of {len(worst)} sequences ({sum(worst):,} tokens) takes {size(plan.peak)} by plan"
         raise OutOfMemory(budget.refusal(what, pieces))
 
@@ -131,15 +144,18 @@ def check_model_fits(setup: Setup, device: torch.device) -> None:
                           f"use {way}.")
 
 
-def choose_micro_batch(model: PromptedModel, args: TrainingArguments, lengths: Sequence[int]) -> int:
+def choose_micro_batch(model: PromptedModel, args: TrainingArguments, examples: Sequence[Sequence[int]]) -> int:
     """Lower args.per_device_train_batch_size to what fits, and raise gradient_accumulation_steps by the same factor, which is
     returned: the batch that an optimizer step sees stays the same. Raises OutOfMemory."""
-    batch, longest = args.per_device_train_batch_size, max(lengths)
-    setup = setup_of(model, [longest], args.device, args.gradient_accumulation_steps > 1)
+    if not is_planned(model):
+        _log.warning("auto_batch: this model's steps cannot be planned; one that runs out of memory is redone in pieces")
+        return 1
+    batch, longest = args.per_device_train_batch_size, max(examples, key=sum)
+    setup = setup_of(model, longest, args.device, args.gradient_accumulation_steps > 1)
     budget = Budget(setup, available(args.device, model), args.device)
-    fits = budget.largest_piece(batch, lengths)
+    fits = budget.largest_piece(batch, examples)
     if not fits:
-        raise OutOfMemory(budget.refusal(f"not even one sequence of {longest} tokens fits"))
+        raise OutOfMemory(budget.refusal(f"not even one example of {sum(longest)} tokens fits"))
     if fits < batch:
         _log.warning("auto_batch: micro-batches of %d, accumulated %d times, make the batch of %d", fits, batch // fits, batch)
         args.gradient_accumulation_steps *= batch // fits
@@ -181,5 +197,7 @@ def free_memory(parameters: Sequence[nn.Parameter]) -> None:
 
 def count_labels(inputs: dict[str, Any]) -> int:
     """Labels that take part in a batch's loss."""
+    if "start_positions" in inputs:
+        return inputs["start_positions"].numel()
     labels = inputs["labels"]
     return labels.numel() if labels.is_floating_point() else int((labels != IGNORE).sum())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ptv2_engine import PromptConfig, PromptedModel
-from ptv2_engine.batches import PackedCollator
+from ptv2_engine.batches import PackedCollator, split_inputs
 from ptv2_engine.errors import ConfigError, InputError
 from ptv2_engine.ops.lm_head import reference, vocabulary_log_prob
 from ptv2_engine.testing import tiny_model
@@ -91,6 +91,15 @@ def test_rows_with_one_candidate_each_are_a_choice_and_no_regression():
     assert out.logits.shape == (3, 1) and out.loss.item() == 0.0
 
 
+def test_rows_whose_right_candidate_is_unknown_add_nothing_to_the_loss():
+    """WSC rows whose span is wrong: their label is -100, and a batch of nothing else has loss 0, not nan."""
+    model = model_of(PlainGLM(), dtype=torch.float32)
+    features = [example(*c, answers, label) for c, answers, label in zip(CONTEXTS, ANSWERS, [2, -100, -100], strict=True)]
+    logits = model(**PackedCollator()(features)).logits
+    assert torch.allclose(model(**PackedCollator()(features)).loss, F.cross_entropy(logits[:1], torch.tensor([2])))
+    assert model(**PackedCollator()(features[1:])).loss.item() == 0.0
+
+
 def test_padded_and_packed_inputs_give_the_same():
     model = model_of(PlainGLM(), dtype=torch.float32)
     features = [example(*c, answers) for c, answers in zip(CONTEXTS, ANSWERS, strict=True)]
@@ -144,7 +153,7 @@ def test_a_cloze_model_that_cannot_be_is_refused(options, word):
 
 
 def test_a_backbone_without_a_language_model_head_is_refused():
-    with pytest.raises(ConfigError, match="bert"):
+    with pytest.raises(ConfigError, match="no masked-language-model head"):
         PromptedModel.from_pretrained(tiny_model("bert"), task="cloze", verbalizer_ids=[1, 2])
 
 
@@ -166,3 +175,19 @@ def test_other_backbones_refuse_glm_inputs():
     model = PromptedModel.from_pretrained(tiny_model("bert"))
     with pytest.raises(InputError, match="GLM"):
         model(torch.tensor([[5, 6]]), causal_from=torch.tensor([1]), position_ids=torch.zeros(1, 2, 2, dtype=torch.long))
+
+
+def test_the_mix_loss_adds_the_right_candidates_negative_score():
+    """WSC as published: -score of the gold candidate, averaged, on top of the cross-entropy; rows without a label count for nothing."""
+    options = {"task": "cloze", "prompt": PromptConfig(4, prompt_dropout=0.0), "length_penalty": 1.0}
+    plain, mixed = (PromptedModel.from_pretrained(PlainGLM(), mix_loss=mix, **options) for mix in (False, True))
+    with torch.no_grad():
+        mixed.prompt.bank.copy_(plain.prompt.bank)
+    rows = [example([5, 6, 7], 1, [[11, 12], [13]], label=1), example([8, 9], 1, [[14], [15, 16, 17]], label=0),
+            example([8, 9], 1, [[14], [15]], label=-100)]
+    batch = PackedCollator()(rows)
+    a, b = plain(**batch), mixed(**batch)
+    scores = a.logits.detach()
+    assert torch.allclose(b.loss, a.loss - (scores[0, 1] + scores[1, 0]) / 2, rtol=1e-6)
+    pieces = [mixed(**part, num_items_in_batch=2).loss for part in split_inputs(batch, 3)]
+    assert torch.allclose(sum(pieces), b.loss, rtol=1e-5)

@@ -14,7 +14,8 @@ from tests.encoder.plain_glm import PlainGLM
 from tests.test_cloze import example
 
 FAMILIES = ("bert", "roberta", "electra", "deberta", "deberta-v2", "modernbert", "glm")
-CASES = [(f, t) for f in FAMILIES for t in ("sequence-classification", "token-classification")]
+CASES = [(f, t) for f in FAMILIES for t in ("sequence-classification", "token-classification", "question-answering",
+                                            "multiple-choice")]
 CASES += [("glm", "cloze"), ("glm", "candidates")]
 METHODS = ("deep", "shallow")
 
@@ -36,6 +37,10 @@ def features(task, count=16):
             rows.append(example(words, 2, label=i % 2))
         elif task == "candidates":
             rows.append(example(words, 2, [ids(1 + (i + c) % 3) for c in range(2 + i % 2)], label=i % 2))
+        elif task == "question-answering":
+            rows.append({"input_ids": words, "start_positions": i % 3, "end_positions": 2})
+        elif task == "multiple-choice":
+            rows.append({"input_ids": [words, *(ids(3 + c) for c in range(1 + i % 2))], "label": i % 2})
         else:
             label = i % 3 if task.startswith("sequence") else [n % 3 for n in range(len(words))]
             rows.append({"input_ids": words, "label": label})
@@ -44,7 +49,7 @@ def features(task, count=16):
 
 def build(family, task, method):
     torch.manual_seed(0)
-    options = {"verbalizer_ids": [11, 12]} if task == "cloze" else {} if task == "candidates" else {"num_labels": 3}
+    options = {"verbalizer_ids": [11, 12]} if task == "cloze" else {"num_labels": 3} if task.endswith("classification") else {}
     prompt = PromptConfig(prompt_length=4, method=method)
     task = "cloze" if task == "candidates" else task
     return PromptedModel.from_pretrained(backbone(family), task=task, prompt=prompt, **options)
@@ -74,7 +79,8 @@ def test_train_resume_save_predict(family, task, method, tmp_path):
 
     again = PromptedModel.from_adapter(tmp_path / "done", backbone=backbone(family))
     batch = PackedCollator()(features(task, 5))
-    assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+    for mine, theirs in zip(again(**batch).to_tuple(), model.eval()(**batch).to_tuple(), strict=True):
+        assert torch.equal(mine, theirs)
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(again(**batch).loss.item(), rel=1e-3)
     saved, _ = read_tensors(tmp_path / "done" / TENSORS)

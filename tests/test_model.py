@@ -189,7 +189,7 @@ def test_checkpoints_without_a_pooler_train_one():
 
 
 @pytest.mark.parametrize("arguments, error, words", [
-    ({"task": "question-answering"}, ConfigError, "task 'question-answering' is planned but not there yet; choose one of"),
+    ({"task": "question-answering", "num_labels": 3}, ConfigError, "num_labels 3 does not fit task 'question-answering'"),
     ({"task": "poetry"}, ConfigError, "task 'poetry' does not exist"),
     ({"num_labels": 3, "id2label": {0: "a"}}, ConfigError, "num_labels 3 does not fit 1 label names"),
     ({"num_labels": 0}, ConfigError, "num_labels 0 is below 1"),

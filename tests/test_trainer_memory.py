@@ -144,7 +144,7 @@ def test_auto_batch_keeps_the_batch(tmp_path, monkeypatch):
     assert trainer.pieces == 1 and trainer.state.global_step == 3
     torch.testing.assert_close(trained(automatic), trained(plain), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(trainer_memory, "available", lambda *_: 1000)
-    with pytest.raises(OutOfMemory, match="not even one sequence of 17 tokens fits, but 0.0 MiB are free .* use a smaller model"):
+    with pytest.raises(OutOfMemory, match="not even one example of 17 tokens fits, but 0.0 MiB are free .* use a smaller model"):
         trainer_of(tmp_path / "c", automatic, batch=8, auto_batch=True)
     with pytest.raises(ConfigError, match="per_device_train_batch_size 0 is below 1"):
         trainer_of(tmp_path / "d", automatic, batch=0, auto_batch=True)

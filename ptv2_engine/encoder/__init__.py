@@ -2,7 +2,7 @@
 
 from ptv2_engine.encoder.config import EncoderConfig
 from ptv2_engine.encoder.layer import Prefix
-from ptv2_engine.encoder.stack import Encoder
+from ptv2_engine.encoder.stack import Encoder, check_trained
 from ptv2_engine.encoder.weights import FAMILIES, Origin, load_encoder
 
-__all__ = ["FAMILIES", "Encoder", "EncoderConfig", "Origin", "Prefix", "load_encoder"]
+__all__ = ["FAMILIES", "Encoder", "EncoderConfig", "Origin", "Prefix", "check_trained", "load_encoder"]

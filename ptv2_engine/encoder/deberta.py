@@ -1,8 +1,9 @@
 """DeBERTa v1 (arXiv 2006.03654): BERT's layer with disentangled attention, and relative instead of absolute positions.
 
 What the published code does and this keeps: scale sqrt(3 D) for c2p|p2c, no relative score on prefix columns, no v_bias on
-prefix values. The relative tables are frozen, so they are projected once, when the weights are loaded; the published code
-projects them in every layer of every step, and in training drops elements of them first (pos_dropout), which this does not.
+prefix values. Where the relative tables are frozen they are projected once, when the weights are loaded; the published code
+projects them in every layer of every step, as this does where the backbone trains, and in training drops elements of them first
+(pos_dropout), which this does not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ptv2_engine.encoder.config import EncoderConfig, RelativeConfig, read_commo
 from ptv2_engine.encoder.layer import SITES, EncoderLayer, Step, frozen, frozen_linear_of
 from ptv2_engine.encoder.sources import Source, one
 from ptv2_engine.encoder.stack import Encoder
+from ptv2_engine.errors import ConfigError
 from ptv2_engine.ops import FrozenLinear, disentangled_attention
 from ptv2_engine.ops.disentangled_attention import slots_of
 from ptv2_engine.packing import PackedBatch
@@ -40,6 +42,8 @@ class DebertaLayer(EncoderLayer):
         self.terms, self.projections = config.relative.terms, config.relative.projections
         self.scale = (config.head_dim * (1 + len(self.terms)))**-0.5
         H = config.hidden_size
+        if self.projections == "own":
+            self.qkv.absent = slice(H, 2 * H)       # v1's keys have no bias
         self.pos_key: FrozenLinear | None = None
         self.pos_query: FrozenLinear | None = None
         if self.projections != "shared":
@@ -50,29 +54,34 @@ class DebertaLayer(EncoderLayer):
         self.rel_k: nn.Parameter | None = None
         self.rel_q: nn.Parameter | None = None
 
-    def project_positions(self, table_RH: Tensor) -> None:
-        """Fill rel_k and rel_q [R, N, D] from the relative embeddings, in fp32, and drop the projections."""
-        def heads(own: FrozenLinear | None, part: int) -> nn.Parameter:
+    def tables(self, table_RH: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """rel_k and rel_q [R, N, D], the relative embeddings projected in fp32 or wider."""
+        def heads(own: FrozenLinear | None, part: int) -> Tensor:
             linear = self.qkv if own is None else own
             weight: Tensor = linear.dense(self.attn_norm_weight.dtype)
             bias: Tensor | None = linear.bias
             if own is None:                         # shared with the tokens' queries (part 0) and keys (part 1)
                 weight, bias = weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part]
-            rows_RH = F.linear(table_RH.float(), weight.float(), None if bias is None else bias.float())
-            return nn.Parameter(rows_RH.to(weight.dtype).view(-1, self.num_heads, self.head_dim), requires_grad=False)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            rows_RH = F.linear(table_RH.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+            return rows_RH.to(weight.dtype).view(-1, self.num_heads, self.head_dim)
 
-        self.rel_k = heads(self.pos_key, 1) if "c2p" in self.terms else None
-        self.rel_q = heads(self.pos_query, 0) if "p2c" in self.terms else None
+        return heads(self.pos_key, 1) if "c2p" in self.terms else None, heads(self.pos_query, 0) if "p2c" in self.terms else None
+
+    def project_positions(self, table_RH: Tensor) -> None:
+        """Keep the projected tables, and drop the projections."""
+        self.rel_k, self.rel_q = (None if t is None else nn.Parameter(t, requires_grad=False) for t in self.tables(table_RH))
         self.pos_key = self.pos_query = None
 
     def attend(self, x_TH: Tensor, step: Step, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None) -> Tensor:
         assert step.slots is not None
-        return disentangled_attention(self.project(x_TH, step), prefix_k_KPND, prefix_v_KPND, self.rel_k, self.rel_q, step.slots,
+        rel_k, rel_q = (self.rel_k, self.rel_q) if step.relative_RH is None else self.tables(step.relative_RH)
+        return disentangled_attention(self.project(x_TH, step), prefix_k_KPND, prefix_v_KPND, rel_k, rel_q, step.slots,
                                       step.cu_seqlens, step.max_seqlen, scale=self.scale, **step.attention(SITES * self.index))
 
 
 class DebertaEncoder(Encoder):
-    """Encoder with relative positions; the table is kept only until the layers have projected it."""
+    """Encoder with relative positions; a frozen table is kept only until the layers have projected it."""
 
     layer_class = DebertaLayer
 
@@ -84,14 +93,29 @@ class DebertaEncoder(Encoder):
         self.relative_norm_weight = frozen(H) if relative.norm else None
         self.relative_norm_bias = frozen(H) if relative.norm else None
 
+    def relative_embeddings(self) -> Tensor | None:
+        """The table [R, H], normed, in fp32 or wider; None where there is none or the layers have projected it."""
+        if self.relative_table is None:
+            return None
+        wide = torch.promote_types(self.relative_table.dtype, torch.float32)
+        table_RH = self.relative_table.to(wide)
+        if self.relative_norm_weight is not None and self.relative_norm_bias is not None:
+            table_RH = F.layer_norm(table_RH, table_RH.shape[1:], self.relative_norm_weight.to(wide),
+                                    self.relative_norm_bias.to(wide), self.config.layer_norm_eps)
+        return table_RH
+
+    def train_backbone(self, which: str | None) -> None:
+        relative = self.config.relative
+        if which is not None and relative is not None and relative.terms and self.relative_table is None:
+            raise ConfigError("this encoder's relative tables were projected for good when it was loaded, and cannot follow "
+                              f"weights that train; load it with trained_backbone={which!r}.")
+        super().train_backbone(which)
+
     @torch.no_grad()
     def finish_loading(self) -> None:
-        if self.relative_table is None:
+        table_RH = self.relative_embeddings()
+        if table_RH is None or self.trained_backbone is not None:
             return
-        table_RH = self.relative_table.float()
-        if self.relative_norm_weight is not None and self.relative_norm_bias is not None:
-            table_RH = F.layer_norm(table_RH, table_RH.shape[1:], self.relative_norm_weight.float(),
-                                    self.relative_norm_bias.float(), self.config.layer_norm_eps)
         for layer in self.layers:
             assert isinstance(layer, DebertaLayer)
             layer.project_positions(table_RH)
@@ -101,7 +125,8 @@ class DebertaEncoder(Encoder):
         relative = self.config.relative
         assert relative is not None
         length = 1 << max(step.max_seqlen - 1, 0).bit_length()       # a few tables serve all batches
-        return step._replace(slots=slots_of(length, relative.span, relative.buckets, relative.max_distance, self.device))
+        return step._replace(slots=slots_of(length, relative.span, relative.buckets, relative.max_distance, self.device),
+                             relative_RH=self.relative_embeddings())
 
 
 ENCODER = DebertaEncoder

@@ -56,6 +56,8 @@ class Step(NamedTuple):
     positions_T: Tensor | None = None                   # ModernBERT: the rotary position of each row
     record: list[Tensor] | None = None                  # collects each layer's qkv [T, 3, N, D]
     memory: str = "exact"                               # of MEMORY
+    trains: bool = False               # the layers' own weights get gradients
+    relative_RH: Tensor | None = None  # DeBERTa: the relative embeddings, where layers have not projected them for good
 
     def attention(self, site: int) -> dict[str, Any]:
         """The arguments that every attention op takes."""
@@ -140,7 +142,7 @@ class EncoderLayer(nn.Module):
         if step.memory == "minimal":
             exact = step._replace(memory="exact")
             return Normed(recomputed(lambda x_TH, k, v: self(Normed(x_TH), exact, k, v, rows_R).x_TH, x.x_TH, prefix_k_KPND,
-                                     prefix_v_KPND))
+                                     prefix_v_KPND, trains=step.trains))
         site, x_TH = SITES * self.index, x.x_TH
         o_TND = self.attention(x, step, prefix_k_KPND, prefix_v_KPND)
         if rows_R is not None:

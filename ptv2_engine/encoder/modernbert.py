@@ -63,6 +63,9 @@ class ModernBertLayer(PreNormLayer):
 class ModernBertEncoder(PreNormEncoder):
     layer_class = ModernBertLayer
 
+    def lacks(self, name: str) -> bool:
+        return name.endswith("norm_bias") and self.config.rotary is not None and not self.config.rotary.norm_bias
+
     def prepare(self, step: Step, batch: PackedBatch, num_rows: int, token_rows_T: Tensor | None) -> Step:
         has = self.config.rotary
         assert has is not None

@@ -74,7 +74,7 @@ class PreNormLayer(EncoderLayer):
         if step.memory == "minimal":
             exact = step._replace(memory="exact")
             return Residual(recomputed(lambda x_TH, k, v: self.whole(x_TH, exact, k, v, rows_R), state.branch_TH, prefix_k_KPND,
-                                       prefix_v_KPND), None)
+                                       prefix_v_KPND, trains=step.trains), None)
         return self.body(*self.enter(state, step), step, prefix_k_KPND, prefix_v_KPND, rows_R)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ptv2_engine.ops import Kept
+from ptv2_engine.ops import Kept, use_backend
 
 
 class NormSource(NamedTuple):
@@ -52,11 +54,17 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *(next(grads) if need else None for need in needed)
 
 
-def recomputed(block: Callable[..., Tensor], x_TH: Tensor, *others: Tensor | None, source: NormSource | None = None) -> Tensor:
+def recomputed(block: Callable[..., Tensor], x_TH: Tensor, *others: Tensor | None, source: NormSource | None = None,
+               trains: bool = False) -> Tensor:
     """block(x_TH, *others), keeping x_TH and others for backward and nothing that block itself would save.
 
-    source: keep what add_norm saved, in place of x_TH.
+    source: keep what add_norm saved, in place of x_TH. trains: the block's own weights get gradients too, so autograd has to see
+    it run, on the `reference` backend both times.
     """
+    if trains and torch.is_grad_enabled():
+        again: Any = checkpoint(block, x_TH, *others, use_reentrant=False, preserve_rng_state=False,
+                                context_fn=lambda: (nullcontext(), use_backend("reference")))
+        return again
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TH, *others)):
         return _Recomputed.apply(block, source, x_TH, *others)
     return block(x_TH, *others)

@@ -1,12 +1,16 @@
-"""The frozen encoder: embeddings, the loop over layers, the pooler.
+"""The encoder: embeddings, the loop over layers, the pooler.
 
 Where the graph starts: nothing below the lowest prompted layer requires grad, so those layers are plain inference, and in
 that layer only the prefix gradient is computed. No flag says so; it follows from what requires grad.
+
+The weights are frozen, and the kernels form no gradient for them. train_backbone asks for some (fine-tuning, BitFit), as
+something to compare prompts with: every op then runs on its `reference` backend with autograd while gradients are recorded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,12 +21,14 @@ from ptv2_engine.encoder.embeddings import Embeddings, insert_rows
 from ptv2_engine.encoder.layer import MEMORY, SITES, EncoderLayer, Normed, Prefix, Step, frozen_linear_of
 from ptv2_engine.encoder.streaming import HostBlocks, WeightStream
 from ptv2_engine.errors import ConfigError, InputError
-from ptv2_engine.ops import FrozenLinear, readable
+from ptv2_engine.ops import FrozenLinear, readable, use_backend
 from ptv2_engine.packing import PackedBatch, from_packed
+
+TRAINED = (None, "all", "bias")    # of the backbone: nothing, every weight (fine-tuning), every bias (BitFit, arXiv 2106.10199)
 
 
 class Encoder(nn.Module):
-    """A frozen pretrained encoder on packed batches. Made by `Encoder.from_pretrained`; its parameters never train."""
+    """A pretrained encoder on packed batches. Made by `Encoder.from_pretrained`; frozen until train_backbone is called."""
 
     layer_class: type[nn.Module] = EncoderLayer
     embeddings_class: type[Embeddings] = Embeddings
@@ -36,6 +42,7 @@ class Encoder(nn.Module):
         self.hidden_dropout = config.hidden_dropout
         self.attention_dropout = config.attention_dropout
         self.memory = "exact"
+        self.trained_backbone: str | None = None        # of TRAINED
         self.frozen_dtype: str | None = None            # how the layers' matrices are kept, if not in the compute dtype
         self.stream: WeightStream | None = None         # where the layers' matrices come from, if they are not here
 
@@ -85,10 +92,39 @@ class Encoder(nn.Module):
         if policy == "lean" and self.config.ffn_size % 4:
             raise ConfigError(f"memory 'lean' packs four columns of the FFN into three bytes, but this model has "
                               f"{self.config.ffn_size}, no multiple of 4; use 'exact' or 'minimal'.")
+        check_trained(self.trained_backbone, memory=policy)
         self.memory = policy
 
+    def train_backbone(self, which: str | None) -> None:
+        """Let the weights train: None of them, "all", or every "bias". What trains gets memory of its own: the values may be
+        pages of the checkpoint's file, or a transformers model's.
+
+        Raises ConfigError for weights that cannot train: codes, streamed, of a low precision, or none at all.
+        """
+        check_trained(which, self.memory, self.frozen_dtype, None if self.stream is None else "host", self.dtype)
+        self.trained_backbone, found = which, False
+        for name, parameter in [*self.named_parameters()]:
+            trains = which is not None and (which == "all" or name.endswith("bias")) and not self.lacks(name)
+            if trains and not parameter.requires_grad:
+                path, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(path), leaf, nn.Parameter(parameter.detach().clone()))
+            else:
+                parameter.requires_grad_(trains)
+            found |= trains
+        if which is not None and not found:
+            raise ConfigError(f"trained_backbone {which!r} (bitfit) trains biases, but this {self.config.family} has none; use "
+                              "'all' (fine-tuning), or a prompt.")
+
+    def lacks(self, name: str) -> bool:
+        """Whether a parameter is none of the architecture's, but zeros that stand for what it leaves out."""
+        return False
+
+    def differentiable(self) -> AbstractContextManager[None]:
+        """Around what reads the weights: the `reference` backend where their gradients are wanted."""
+        return use_backend("reference") if self.trained_backbone is not None and torch.is_grad_enabled() else nullcontext()
+
     def finish_loading(self) -> None:
-        """What a family computes once from its loaded, frozen weights."""
+        """What a family computes once from its loaded, frozen weights; nothing where trained_backbone is set."""
 
     def _shift(self, batch: PackedBatch, length: int, prompt_lengths: Tensor | None) -> Tensor | int:
         if prompt_lengths is None or not length:
@@ -117,6 +153,12 @@ class Encoder(nn.Module):
         Raises:
             SequenceTooLong, InputError.
         """
+        with self.differentiable():
+            return self._forward(batch, prefix, input_prompt_KPE, prompt_lengths, seed, shift_positions, first_tokens_only,
+                                 output_rows_R)
+
+    def _forward(self, batch: PackedBatch, prefix: Prefix | None, input_prompt_KPE: Tensor | None, prompt_lengths: Tensor | None,
+                 seed: Tensor | None, shift_positions: bool, first_tokens_only: bool, output_rows_R: Tensor | None) -> Tensor:
         length = prefix.length if prefix is not None else 0 if input_prompt_KPE is None else input_prompt_KPE.shape[1]
         lengths = prefix.prompt_lengths if prefix is not None else prompt_lengths
         shifts = self._shifts(shift_positions, input_prompt_KPE)
@@ -132,7 +174,7 @@ class Encoder(nn.Module):
         x_TH = self.embeddings(batch, self._shift(batch, length, lengths) if shifts else 0, hidden, seed,
                                SITES * len(self.layers))
         step = Step(batch.cu_seqlens, batch.max_seqlen, batch.prompt_ids, None if prefix is None else prefix.prompt_lengths,
-                    prefix_dropout, hidden, attention, seed, memory=self.memory)
+                    prefix_dropout, hidden, attention, seed, memory=self.memory, trains=self.trained_backbone is not None)
         token_rows = None
         if input_prompt_KPE is not None:
             prompt_KPH = self.embeddings.prompt_rows(input_prompt_KPE.to(self.dtype))
@@ -176,9 +218,27 @@ class Encoder(nn.Module):
         return torch.stack([qkv_T3ND[:, 1:].float().flatten(2).transpose(0, 1) for qkv_T3ND in record])
 
     def pool(self, first_BH: Tensor) -> Tensor:
-        """The pretrained, frozen pooler: tanh(x W + b)."""
+        """The pretrained pooler: tanh(x W + b)."""
         assert self.pooler is not None, "this checkpoint has no pooler"
-        return torch.tanh(self.pooler(first_BH))
+        with self.differentiable():
+            return torch.tanh(self.pooler(first_BH))
+
+
+def check_trained(which: str | None, memory: str = "exact", frozen_dtype: str | None = None, stream_weights: str | None = None,
+                  dtype: torch.dtype = torch.float32) -> None:
+    """Raises ConfigError for a trained_backbone that does not exist, or that other options exclude."""
+    if which not in TRAINED:
+        raise ConfigError(f"trained_backbone {which!r} does not exist; choose None, 'all' (fine-tuning) or 'bias' (bitfit).")
+    if which is None:
+        return
+    for excluded, option, why in (
+            (frozen_dtype is not None, f"frozen_dtype {frozen_dtype!r}", "codes cannot be updated; leave it out"),
+            (stream_weights is not None, f"stream_weights {stream_weights!r}", "nothing is written back; leave it out"),
+            (memory == "lean", "memory 'lean'", "it keeps too little for the weights' gradients; use 'exact' or 'minimal'"),
+            (dtype not in (torch.float32, torch.float64), f"dtype {dtype}",
+             "it swallows small updates; use dtype=torch.float32 (--dtype float32)")):
+        if excluded:
+            raise ConfigError(f"trained_backbone {which!r} (fine-tuning, bitfit) does not go with {option}: {why}.")
 
 
 def of_layer(prefix: Prefix | None, i: int) -> tuple[Tensor | None, Tensor | None]:

@@ -21,7 +21,7 @@ from ptv2_engine.encoder import bert, deberta, deberta_v2, electra, glm, modernb
 from ptv2_engine.encoder.checkpoints import Checkpoint, SafetensorsFiles, open_checkpoint
 from ptv2_engine.encoder.config import EncoderConfig
 from ptv2_engine.encoder.sources import Source
-from ptv2_engine.encoder.stack import Encoder
+from ptv2_engine.encoder.stack import Encoder, check_trained
 from ptv2_engine.encoder.streaming import FileBlocks, HostBlocks, layout_of, matrices, start_stream
 from ptv2_engine.errors import ConfigError, WeightError
 from ptv2_engine.ops import KINDS, FrozenLinear, Quantised, quantise
@@ -140,8 +140,9 @@ def empty_encoder(config: Mapping[str, Any]) -> Encoder:
 
 
 def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu",
-                 frozen_dtype: str | None = None, stream_weights: str | None = None) -> tuple[Encoder, Origin]:
-    """Load a frozen encoder.
+                 frozen_dtype: str | None = None, stream_weights: str | None = None,
+                 trained_backbone: str | None = None) -> tuple[Encoder, Origin]:
+    """Load an encoder.
 
     Arguments:
         source: hub id, local folder, or a transformers model in memory (bare or with any head).
@@ -151,12 +152,15 @@ def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | str | N
             each is encoded as soon as it is read: memory peaks at the small model and one matrix. None: dtype.
         stream_weights: "host": the layers' matrices stay in host memory and visit the device when they are used. "file": they
             stay in the checkpoint's memory-mapped files, which then must stay in place. None: on the device.
+        trained_backbone: "all" or "bias" loads it for Encoder.train_backbone, in float32; None: frozen.
     Raises:
         ConfigError: a family or switch this stack does not have, or options that exclude each other. WeightError: a weight
         missing, unknown or mis-shaped. CheckpointError: a corrupt file or an unsafe pickle.
     """
     check_placement(frozen_dtype, stream_weights)
     device, dtype = check_device(device, dtype)
+    dtype = torch.float32 if dtype is None and trained_backbone is not None else dtype
+    check_trained(trained_backbone, "exact", frozen_dtype, stream_weights, dtype or torch.float32)
     if stream_weights == "file" and isinstance(source, nn.Module):
         raise ConfigError("stream_weights 'file' reads memory-mapped safetensors, but the source is a model in memory; pass its "
                           "folder or hub id.")
@@ -174,6 +178,7 @@ def load_encoder(source: str | Path | nn.Module, *, dtype: torch.dtype | str | N
 
     dtype = dtype or _pick_dtype(checkpoint, found[table["embeddings.word"].names[0]])
     encoder: Encoder = getattr(family, "ENCODER", Encoder)(config, with_pooler)
+    encoder.trained_backbone = trained_backbone
     if stream_weights == "file":
         sources = _leave_in_file(encoder, table, checkpoint, found)
 

@@ -27,10 +27,10 @@ from ptv2_engine.encoder import EncoderConfig
 from ptv2_engine.memory.planner import CUBLAS_WORKSPACE, CUDA_CONTEXT, Plan, track, warm_up
 from ptv2_engine.memory.setup import Setup
 from ptv2_engine.memory.tracker import OPTIMIZER, PROMPTS, WEIGHTS, MemoryTracker
+from ptv2_engine.model import OF_TOKENS
 from ptv2_engine.optim import state_tensors
 
 PEERS = ("fine-tuning", "LoRA", "prefix tuning")
-_TASK_TYPES = {"sequence-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS", "cloze": "SEQ_CLS"}
 
 
 def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None,
@@ -99,7 +99,7 @@ def _model(setup: Setup, sizes: EncoderConfig, dtype: torch.dtype) -> Any:
     import transformers
 
     transformers.AttentionInterface.register("ptv2_counted", _attention)
-    head = "TokenClassification" if setup.task == "token-classification" else "SequenceClassification"
+    head = "TokenClassification" if setup.task in OF_TOKENS else "SequenceClassification"       # a span's scores are two a token
     auto = getattr(transformers, f"AutoModelFor{head}")
     config = _transformers_config(setup, sizes)
     try:
@@ -113,7 +113,7 @@ def _wrap(model: Any, setup: Setup, peer: str) -> Any:
 
     if peer == "fine-tuning":
         return model
-    task = _TASK_TYPES[setup.task]
+    task = "TOKEN_CLS" if setup.task in OF_TOKENS else "SEQ_CLS"
     if peer == "LoRA":
         targets = {"deberta": ["in_proj"], "deberta-v2": ["query_proj", "value_proj"], "modernbert": ["Wqkv"]}
         return peft.get_peft_model(model, peft.LoraConfig(
@@ -135,7 +135,7 @@ class StockWorkload:
 
     def batch(self) -> dict[str, Any]:
         shape = (self.setup.batch_size, self.setup.seq_len)
-        tokens = self.setup.task == "token-classification"
+        tokens = self.setup.task in OF_TOKENS
         return {"input_ids": torch.full(shape, 5), "labels": torch.zeros(shape if tokens else shape[:1], dtype=torch.long)}
 
     def step(self, batch: dict[str, Any], after_forward: Callable[[], None] = lambda: None) -> None:

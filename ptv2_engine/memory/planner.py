@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ptv2_engine.encoder.weights import random_encoder
 from ptv2_engine.errors import ConfigError
+from ptv2_engine.masked_lm import empty_masked_lm
 from ptv2_engine.memory.setup import DTYPES, Setup, title_of
 from ptv2_engine.memory.tracker import (
     BATCH,
@@ -28,7 +29,7 @@ from ptv2_engine.memory.tracker import (
     Peak,
     mark_gradients,
 )
-from ptv2_engine.model import PromptedModel
+from ptv2_engine.model import CLOZE_FAMILIES, OUTPUTS, PromptedModel
 from ptv2_engine.ops import planned_for
 from ptv2_engine.optim import adamw, add_back, set_aside, state_tensors
 
@@ -67,9 +68,14 @@ class Workload:
         self.device = device
         encoder, origin = random_encoder(setup.config(), dtype=DTYPES[setup.dtype], device=device,
                                          frozen_dtype=setup.frozen_dtype, stream_weights="host" if setup.stream_weights else None)
-        cloze: dict[str, Any] = {"verbalizer_ids": list(range(setup.num_labels))} if setup.task == "cloze" else {}
+        cloze: dict[str, Any] = {}
+        if setup.task == "cloze":
+            cloze["verbalizer_ids"] = list(range(setup.num_labels))
+            if encoder.config.family not in CLOZE_FAMILIES:
+                cloze["masked_lm"] = empty_masked_lm(encoder.config, encoder.dtype, device)
         prompt = replace(setup.prompt, init="normal")           # the values do not matter
-        self.model = PromptedModel(encoder, origin, prompt, task=setup.task, num_labels=setup.num_labels, pooler=setup.pooler,
+        self.model = PromptedModel(encoder, origin, prompt, task=setup.task, pooler=setup.pooler,
+                                   num_labels=OUTPUTS.get(setup.task, setup.num_labels),
                                    shift_positions=setup.shift_positions, **cloze).train()
         self.turn_to(setup)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -89,7 +95,14 @@ class Workload:
         token = min(5, self.model.encoder.config.vocab_size - 1)
         made = {"input_ids": torch.full((T,), token, **where), "seq_lengths": torch.tensor(lengths, **where), "max_seqlen": S,
                 "labels": torch.zeros(shape, **where)}
-        if self.setup.task == "cloze":
+        if self.setup.task == "question-answering":
+            made |= {name: torch.zeros(B, **where) for name in ("start_positions", "end_positions")}
+            del made["labels"]
+        if self.setup.task == "multiple-choice":         # every sequence its own example: the same memory
+            made |= {"choice_counts": torch.ones(B, **where), "max_choices": 1}
+        if self.setup.task == "cloze" and self.model.encoder.config.family not in CLOZE_FAMILIES:
+            made["mask_positions"] = torch.zeros(B, **where)
+        elif self.setup.task == "cloze":
             made["causal_from"] = torch.full((B,), max(min(lengths) - 1, 0), **where)
             made["position_ids"] = torch.zeros(2, T, **where)
         return made

@@ -72,14 +72,16 @@ def reference(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prefix_k_KPND: Tensor
     L = (slots.numel() + 1) // 2
 
     def relative(start: int, end: int) -> Tensor:
-        S = end - start
+        S, N = end - start, q_TND.shape[1]
         index = torch.arange(S, device=q_TND.device)
-        rows_SS = slots.long()[index[:, None] - index[None, :] + L - 1]
-        total = q_TND.new_zeros(q_TND.shape[1], S, S)
-        if rel_k_RND is not None:
-            total = total + torch.einsum("snd,stnd->nst", q_TND[start:end], rel_k_RND[rows_SS])
+        rows = slots[L - S:L + S - 1].long()                           # of the distances that occur, -(S - 1) first
+        at_NSS = (index[:, None] - index[None, :] + S - 1).expand(N, S, S)
+        total = q_TND.new_zeros(N, S, S)
+        if rel_k_RND is not None:                                      # a score for each distance, then each key's distance
+            total = total + torch.einsum("snd,rnd->nsr", q_TND[start:end], rel_k_RND[rows]).gather(2, at_NSS)
         if rel_q_RND is not None:
-            total = total + torch.einsum("tnd,stnd->nst", k_TND[start:end], rel_q_RND[rows_SS])
+            by_key = torch.einsum("tnd,rnd->ntr", k_TND[start:end], rel_q_RND[rows]).gather(2, at_NSS.transpose(1, 2))
+            total = total + by_key.transpose(1, 2)
         return total * scale
 
     return prefix_attention.reference(

@@ -1,6 +1,6 @@
 """embedding: x = dropout(LayerNorm(word[ids] + position[positions] + type[types])), forward only.
 
-The tables are frozen, so there is no backward and nothing is saved: the op runs outside autograd on purpose.
+The tables are frozen, so there is no backward and nothing is saved; only the `reference` backend knows tables that train.
 Bytes: three gathered rows read, one row written; the sum and the norm are fp32.
 """
 
@@ -53,14 +53,14 @@ def embedding(word_ids_T: Tensor, position_ids_T: Tensor, token_type_ids_T: Tens
         weight_E, bias_E, eps: the LayerNorm.
         dropout_p: drop probability; seed: int, int64 tensor [1] or None (drawn); site: the Philox call site.
     Returns:
-        x_TE [T, E] in the tables' dtype. It never requires grad.
+        x_TE [T, E] in the tables' dtype. It requires grad on the `reference` backend only, where a table does.
     """
     seed = _philox.seed_tensor(seed, word_VE.device, dropout_p > 0)
     choice = choose("embedding", word_VE.device, word_VE.dtype)
+    if choice.backend == "reference":
+        return reference(word_ids_T, position_ids_T, token_type_ids_T, word_VE, position_ME, type_UE, weight_E, bias_E, eps,
+                         dropout_p=dropout_p, seed=seed, site=site)
     with torch.no_grad():
-        if choice.backend == "reference":
-            return reference(word_ids_T, position_ids_T, token_type_ids_T, word_VE, position_ME, type_UE, weight_E, bias_E,
-                             eps, dropout_p=dropout_p, seed=seed, site=site)
         ids = [None if i is None else i.long() for i in (word_ids_T, position_ids_T, token_type_ids_T)]
         return launcher(choice.backend, word_VE.device, "embedding")(
             *ids, word_VE, position_ME, type_UE, weight_E, bias_E, eps, dropout_p, seed, site)

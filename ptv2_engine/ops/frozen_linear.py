@@ -48,7 +48,7 @@ class WeightSource(Protocol):
 
 
 class FrozenLinear(nn.Module):
-    """A linear layer whose weight [O, I] and bias [O] never get a gradient.
+    """A linear layer whose weight [O, I] and bias [O] get a gradient on the `reference` backend only, where they require it.
 
     `forward(x [T, I]) -> [T, O]` is the op `frozen_linear`. The weight is one of three things: a parameter in the compute dtype;
     `held`, quantised codes that become a matrix in x's dtype only while they are multiplied with; or with a `stream`, which knows
@@ -61,6 +61,7 @@ class FrozenLinear(nn.Module):
         self.out_features, self.in_features = weight_OI.shape
         self.weight: nn.Parameter | None = nn.Parameter(weight_OI, requires_grad=False)
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+        self.absent: slice | None = None           # rows of the bias that an architecture lacks: zero, also where biases train
         self.held: Quantised | None = None
         self.stream: WeightSource | None = None
         self._packed: dict[str, tuple[tuple[int, int, torch.dtype], Tensor]] = {}
@@ -105,6 +106,13 @@ class FrozenLinear(nn.Module):
             return self.weight
         return held.codes.to(dtype) if held.kind == PLAIN else dequantise(held, dtype)
 
+    def present(self) -> Tensor:
+        """bool [O]: the rows of the bias that the architecture has."""
+        mask = torch.ones(self.out_features, dtype=torch.bool, device=None if self.bias is None else self.bias.device)
+        if self.absent is not None:
+            mask[self.absent] = False
+        return mask
+
     def copies(self) -> list[Tensor]:
         """What stands for the parameter or beside it: codes and their scales, packed copies."""
         return [*(made for _, made in self._packed.values()), *(() if self.held is None else (self.held.codes, self.held.scales))]
@@ -115,9 +123,10 @@ class FrozenLinear(nn.Module):
 
     def packs(self, x: Tensor) -> bool:
         """Whether x is multiplied with packed copies: on the CPU, in a dtype oneDNN has, where the weight is a parameter (copies
-        of codes or of a streamed weight would cost the memory that those save)."""
+        of codes or of a streamed weight would cost the memory that those save) that does not train: torch's fused AdamW does not
+        raise the version by which a stale copy is known."""
         return (device_type(x) == "cpu" and x.dtype in PACKED_DTYPES and x.shape[0] > 0 and self.weight is not None
-                and can_pack() and (x.dtype == torch.float32 or multiplies_bf16()))
+                and not self.weight.requires_grad and can_pack() and (x.dtype == torch.float32 or multiplies_bf16()))
 
     def packed(self, direction: str) -> Tensor:
         """W reordered by oneDNN: "forward" for x W^T, "backward" for dY W."""
@@ -183,7 +192,10 @@ def _reference(x_TI: Tensor, linear: FrozenLinear | Tensor, bias_O: Tensor | Non
     if not isinstance(linear, FrozenLinear):
         return reference(x_TI, linear, bias_O)
     if linear.weight is not None:
-        return reference(x_TI, linear.weight, linear.bias)
+        bias: Tensor | None = linear.bias
+        if bias is not None and linear.absent is not None and bias.requires_grad:
+            bias = torch.where(linear.present(), bias, 0)
+        return reference(x_TI, linear.weight, bias)
     return _FrozenLinear.apply(x_TI, linear, False)
 
 

@@ -55,12 +55,12 @@ def vocabulary_log_prob(h_RH: Tensor, word_VH: Tensor, targets_R: Tensor) -> Ten
     """log p(target) of R rows under softmax(h E^T), without ever holding [R, V] for more than 256 rows.
 
     Arguments:
-        h_RH: [R, H]. word_VH: [V, H], frozen, h's dtype. targets_R: int64 [R], each below V.
+        h_RH: [R, H]. word_VH: [V, H], h's dtype. targets_R: int64 [R], each below V.
     Returns:
-        fp32 [R]; the gradient reaches h.
+        fp32 [R]; the gradient reaches h, and E where it trains (autograd then keeps [R, V]).
     """
     if not h_RH.shape[0]:
         return h_RH.sum(1).float()
-    if h_RH.dtype == torch.float64:
+    if h_RH.dtype == torch.float64 or word_VH.requires_grad and torch.is_grad_enabled():
         return reference(h_RH, word_VH, targets_R)
     return _VocabularyLogProb.apply(h_RH, word_VH, targets_R)
