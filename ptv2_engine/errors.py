@@ -61,3 +61,7 @@ class OutOfMemory(PTV2Error, MemoryError):
 
 class NonFiniteLoss(PTV2Error, ArithmeticError):
     """The loss became NaN or infinite; nothing was updated with it."""
+
+
+class RunFailed(PTV2Error, RuntimeError):
+    """Training runs of a grid that failed; those that finished are kept."""

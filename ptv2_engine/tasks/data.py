@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ptv2_engine.errors import DataError
+from ptv2_engine.tasks.conll import read_conll
 
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".conll")
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".conll", ".conllx", ".bio")
 
 
 @dataclass
@@ -32,6 +34,9 @@ class Table:
         """Raises DataError naming the columns there are."""
         if name not in self.columns:
             raise DataError(f"{self.source} has no column {name!r}; it has {', '.join(map(repr, self.columns))}.")
+        for number, row in enumerate(self.rows, start=1):
+            if name not in row:
+                raise DataError(f"{self.source}: row {number} has no {name!r}; it has {', '.join(map(repr, row))}.")
         return [row[name] for row in self.rows]
 
 
@@ -42,48 +47,72 @@ def read_table(path: str | Path) -> Table:
     """
     path = Path(path)
     readers = {".csv": _delimited, ".tsv": _delimited, ".json": _json, ".jsonl": _jsonl, ".parquet": _parquet,
-               ".txt": _conll, ".conll": _conll}
+               ".txt": _conll, ".conll": _conll, ".conllx": _conll, ".bio": _conll}
     if path.suffix.lower() not in readers:
         raise DataError(f"{path} has the suffix {path.suffix!r}, but files of {', '.join(SUFFIXES)} can be read; convert it.")
     if not path.is_file():
         raise DataError(f"{path} does not exist; check the path.")
-    try:
-        rows = list(readers[path.suffix.lower()](path))
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]} ({error}); repair or convert it (UTF-8).") from error
+    rows = list(readers[path.suffix.lower()](path))
     if not rows:
         raise DataError(f"{path} has 0 examples; check the file.")
     return Table(rows, str(path))
 
 
+def _text(path: Path) -> str:
+    """Raises DataError with the first line that is not UTF-8: files put together from several sources mix encodings."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[:error.start]
+        raise DataError(f"{path}, line {before.count(bytes([10])) + 1} is not UTF-8 (byte {content[error.start]:#04x} at "
+                        f"{error.start}); convert the file to UTF-8.") from error
+
+
 def _delimited(path: Path) -> Iterable[dict[str, Any]]:
     tsv = path.suffix.lower() == ".tsv"
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        # tsv benchmark files hold bare quotation marks; csv quotes its fields
-        reader = csv.DictReader(file, delimiter="\t" if tsv else ",", quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL)
-        for number, row in enumerate(reader, start=2):
+    # tsv benchmark files hold bare quotation marks; csv quotes its fields
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t" if tsv else ",",
+                            quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL)
+    try:
+        for row in reader:
             if None in row or None in row.values():
-                raise DataError(
-                    f"{path}, line {number}: {len([v for v in row.values() if v is not None])} fields where the header "
-                    f"has {len(reader.fieldnames or [])}; quote fields that hold the separator."
-                )
+                fields = len([v for v in row.values() if v is not None]) + len(row.get(None, ())) - (None in row)
+                raise DataError(f"{path}, line {reader.line_num}: {fields} fields where the header has "
+                                f"{len(reader.fieldnames or [])}; quote fields that hold the separator.")
             yield row
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num} cannot be read as {path.suffix[1:]} ({error}); repair it.") from error
 
 
 def _jsonl(path: Path) -> Iterable[dict[str, Any]]:
-    with open(path, encoding="utf-8-sig") as file:
-        yield from (json.loads(line) for line in file if line.strip())
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number} cannot be read as jsonl ({error.msg}); repair it.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} is JSON but not an object; write {{\"column\": value, ...}}.")
+        yield row
 
 
 def _json(path: Path) -> Iterable[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
+    text = _text(path)
     try:
         loaded = json.loads(text)
-    except json.JSONDecodeError:
+    except json.JSONDecodeError as error:
+        try:
+            json.loads(next((line for line in text.split("\n") if line.strip()), ""))
+        except json.JSONDecodeError:
+            raise DataError(f"{path}, line {error.lineno} cannot be read as json ({error.msg}); repair it.") from error
         return list(_jsonl(path))      # many .json files hold one object a line
     rows = loaded.get("data") if isinstance(loaded, dict) else loaded
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list):
         raise DataError(f"{path} is JSON but not a list of objects; write [{{...}}, ...] or one object a line.")
+    if wrong := next((i for i, row in enumerate(rows, start=1) if not isinstance(row, dict)), None):
+        raise DataError(f"{path} is JSON but not a list of objects: entry {wrong} is none; write [{{...}}, ...].")
     return rows
 
 
@@ -101,25 +130,4 @@ def _parquet(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def _conll(path: Path) -> Iterable[dict[str, Any]]:
-    """Blank-line separated sentences of columns: word first, tag in the last column that holds BIO tags."""
-    def finished(lines: list[list[str]]) -> dict[str, Any]:
-        width = min(len(fields) for fields in lines)
-        columns = list(zip(*(fields[:width] for fields in lines), strict=True))
-        tags = [i for i, c in enumerate(columns) if all(v == "O" or v[:2] in ("B-", "I-", "E-", "S-") for v in c)]
-        if not tags:
-            raise DataError(f"{path}: no column of the sentence starting {lines[0]} holds BIO tags; one tag column is needed.")
-        words = 1 if width > 2 and all(v.isdigit() for v in columns[0]) and tags[0] > 1 else 0
-        return {"words": list(columns[words]), "tags": list(columns[tags[0]])}
-
-    sentence: list[list[str]] = []
-    with open(path, encoding="utf-8-sig") as file:
-        for line in file:
-            fields = line.split()
-            if not fields or fields[0] in ("-DOCSTART-", "#doc"):
-                if sentence:
-                    yield finished(sentence)
-                sentence = []
-            else:
-                sentence.append(fields)
-    if sentence:       # a file need not end in a blank line
-        yield finished(sentence)
+    return read_conll(path, _text(path))

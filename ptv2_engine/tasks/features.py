@@ -1,9 +1,10 @@
-"""Text -> token ids, label values -> class numbers."""
+"""Text -> token ids, label values -> class names and numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ptv2_engine.errors import DataError, LabelError
@@ -28,7 +29,7 @@ class Labels:
         if any(_is_fraction(v) for v in values):
             return cls("values", [])
         return cls(
-            "classes", sorted({_plain(v) for v in values}, key=lambda n: (0, float(n), n) if _is_number(n) else (1, 0.0, n))
+            "classes", sorted({plain_label(v) for v in values}, key=lambda n: (0, float(n), n) if _is_number(n) else (1, 0.0, n))
         )
 
     @property
@@ -47,7 +48,7 @@ class Labels:
             return float(value)
         if self.kind == "tags":
             return [self._number(t, source) for t in value]
-        return self._number(_plain(value), source)
+        return self._number(plain_label(value), source)
 
     def _number(self, name: str, source: str) -> int:
         try:
@@ -58,16 +59,57 @@ class Labels:
                 f"{', ...' if len(self.names) > 8 else ''}); correct the file, or train with data that has it."
             ) from None
 
-    @property
+    @cached_property
     def _numbers(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.names)}
 
 
-def _plain(value: Any) -> str:
-    """True, 1 and 1.0 in different files are one label each: booleans by name, whole floats as integers."""
+def plain_label(value: Any) -> str:
+    """The name of a label's class: 1 and 1.0 in different files are one class, and so are true and "True"."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
+
+
+def label_name(value: Any, names: Sequence[str]) -> Any:
+    """The class that a published file means, by name (in any case) or number; a float for regression (no names).
+
+    None where the label is not known: missing, empty, or -1. What is no label at all comes back as it is, to be reported later.
+    """
+    name = "" if value is None else plain_label(value)
+    if not name or name in ("-1", "-1.0") and name not in names:
+        return None
+    if not names:
+        return float(value) if _is_number(value) else value
+    same = {known.lower(): known for known in names}
+    if name in names or name.lower() in same:
+        return name if name in names else same[name.lower()]
+    return names[int(name)] if name.isdecimal() and int(name) < len(names) else value
+
+
+def pick_columns(table: Table, columns: Mapping[str, Sequence[str]], names: Sequence[str], *,
+                 labels: Sequence[str] = ("label",)) -> list[dict[str, Any]]:
+    """Rows of a published file under our column names, with "label" (label_name's) where any row has one, and "idx".
+
+    columns: ours -> what files call it, the first that a row has. Raises DataError naming the row (from 1) that lacks one.
+    """
+    rows = []
+    for number, row in enumerate(table.rows, 1):
+        found = {ours: next((row[theirs] for theirs in known if theirs in row), None) for ours, known in columns.items()}
+        missing = next((ours for ours, value in found.items() if value is None), None)
+        if missing is not None:
+            raise DataError(f"{table.source} row {number} has no column {' or '.join(columns[missing])}; it has "
+                            f"{', '.join(map(str, row))}.")
+        label = label_name(next((row[column] for column in labels if column in row), None), names)
+        rows.append(found | {"label": label} | ({"idx": row["idx"]} if "idx" in row else {}))
+    return without_unknown(rows)
+
+
+def without_unknown(rows: list[dict[str, Any]], column: str = "label") -> list[dict[str, Any]]:
+    """Rows without their label column where none of them knows its label: a test split."""
+    if any(row[column] is not None for row in rows):
+        return rows
+    return [{name: value for name, value in row.items() if name != column} for row in rows]
 
 
 def _is_number(value: Any) -> bool:
@@ -84,7 +126,10 @@ def _is_fraction(value: Any) -> bool:
 
 def encode_sequences(table: Table, tokenizer: Any, text_columns: Sequence[str], max_length: int,
                      label_column: str | None = None, labels: Labels | None = None) -> list[dict[str, Any]]:
-    """Features of one text column or a pair: input_ids, token_type_ids where the tokenizer makes them, labels."""
+    """Features of one text column or a pair: input_ids, token_type_ids where the tokenizer makes them, labels.
+
+    Raises DataError (columns), LabelError naming the row (from 1).
+    """
     if not 1 <= len(text_columns) <= 2:
         raise DataError(f"{len(text_columns)} text columns were given, but one text or a pair can be encoded; name one or two.")
     texts = [[str(v) for v in table.column(c)] for c in text_columns]
@@ -93,8 +138,8 @@ def encode_sequences(table: Table, tokenizer: Any, text_columns: Sequence[str], 
         {name: encoded[name][i] for name in ("input_ids", "token_type_ids") if name in encoded} for i in range(len(table))
     ]
     if label_column is not None and labels is not None:
-        for feature, value in zip(features, table.column(label_column), strict=True):
-            feature["labels"] = labels.encode(value, table.source)
+        for number, (feature, value) in enumerate(zip(features, table.column(label_column), strict=True), 1):
+            feature["labels"] = labels.encode(value, f"{table.source} row {number}")
     return features
 
 

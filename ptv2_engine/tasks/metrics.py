@@ -1,8 +1,11 @@
-"""compute_metrics functions for transformers' Trainer: accuracy and F1, correlation, entity F1."""
+"""What is counted: accuracy and F1, correlation, MultiRC's and ReCoRD's scores by question, entity F1. All from 0 to 1 (-1 to 1).
+
+The functions take arrays; `metrics_for` makes one a compute_metrics function for transformers' Trainer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +29,16 @@ def metrics_for(kind: str, names: list[str], extra: tuple[str, ...] = ()) -> Cal
 
 
 def _arrays(prediction: Any) -> tuple[np.ndarray, np.ndarray]:
+    return scores_of(prediction), np.asarray(prediction.label_ids)
+
+
+def scores_of(prediction: Any) -> np.ndarray:
+    """The logits of a transformers.EvalPrediction; the first where the model returned several things."""
     scores = prediction.predictions
-    return np.asarray(scores[0] if isinstance(scores, tuple) else scores), np.asarray(prediction.label_ids)
+    return np.asarray(scores[0] if isinstance(scores, (tuple, list)) else scores)
 
 
-def class_scores(scores_BC: np.ndarray, labels_B: np.ndarray, extra: tuple[str, ...] = ()) -> dict[str, float]:
+def class_scores(scores_BC: np.ndarray, labels_B: np.ndarray, extra: Sequence[str] = ()) -> dict[str, float]:
     """Accuracy, and what `extra` names: f1 of class 1, macro f1, Matthews correlation."""
     predicted = scores_BC.argmax(-1)
     found = {"accuracy": float((predicted == labels_B).mean())}
@@ -44,6 +52,48 @@ def class_scores(scores_BC: np.ndarray, labels_B: np.ndarray, extra: tuple[str, 
         }
         found |= {name: float(functions[name]()) for name in extra}
     return found
+
+
+def multirc_scores(predicted_B: np.ndarray, labels_B: np.ndarray, questions_B: Sequence[Hashable]) -> dict[str, float]:
+    """MultiRC over answers, each right (1) or wrong (0): f1 is F1a, that of class 1 over all answers; exact_match is the share of
+    questions whose answers are all judged rightly; accuracy is over answers.
+
+    questions_B: which question each answer belongs to; a question's answers need not be neighbours.
+    """
+    predicted_B, labels_B = np.asarray(predicted_B), np.asarray(labels_B)
+    right_B = predicted_B == labels_B
+    both = int(((predicted_B == 1) & (labels_B == 1)).sum())
+    either = int((predicted_B == 1).sum() + (labels_B == 1).sum())
+    whole: dict[Hashable, bool] = {}
+    for question, right in zip(questions_B, right_B.tolist(), strict=True):
+        whole[question] = whole.get(question, True) and right
+    return {"f1": 2 * both / either if either else 0.0, "exact_match": sum(whole.values()) / max(len(whole), 1),
+            "accuracy": float(right_B.mean())}
+
+
+def record_scores(scores_B: np.ndarray, entities_B: Sequence[str], questions_B: Sequence[Hashable],
+                  golds_B: Sequence[Sequence[str]]) -> dict[str, float]:
+    """ReCoRD over candidate entities: a question's guess is its entity of the highest score; then text_scores over questions.
+
+    golds_B: the right answers of the question each entity belongs to. Of equal scores the last by spelling wins, as published.
+    """
+    best: dict[Hashable, tuple[float, str]] = {}
+    golds: dict[Hashable, Sequence[str]] = {}
+    for score, entity, question, gold in zip(np.asarray(scores_B).tolist(), entities_B, questions_B, golds_B, strict=True):
+        best[question] = max(best.get(question, (score, entity)), (score, entity))
+        golds.setdefault(question, gold)
+    return text_scores([entity for _, entity in best.values()], [golds[question] for question in best])
+
+
+def text_scores(guesses: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
+    """f1 (of words) and exact_match after SQuAD's normalisation, each the best over a guess's gold answers (0 without any)."""
+    from ptv2_engine.tasks.squad_metrics import exact, f1
+
+    found = {"f1": 0.0, "exact_match": 0.0}
+    for guess, texts in zip(guesses, golds, strict=True):
+        found["f1"] += max((f1(text, guess, both_empty=0.0) for text in texts), default=0.0)
+        found["exact_match"] += max((exact(text, guess) for text in texts), default=0.0)
+    return {name: total / max(len(guesses), 1) for name, total in found.items()}
 
 
 def correlations(scores_B: np.ndarray, labels_B: np.ndarray) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +10,12 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from ptv2_engine.errors import ConfigError, DataError, LabelError
+from ptv2_engine.errors import DataError, LabelError
 from ptv2_engine.tasks import Labels, Table, metrics_for, read_table
-from ptv2_engine.tasks.benchmarks import find_benchmark, load_benchmark, text_columns_of
+from ptv2_engine.tasks.features import label_name
+from ptv2_engine.tasks.metrics import text_scores
 
 ROWS = [{"text": 'he said "no", twice', "label": "neg"}, {"text": "café", "label": "pos"}]
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def write(path, rows):
@@ -126,31 +125,19 @@ def test_entity_f1_leaves_out_ignored_positions():
     assert found["precision"] == 1.0 and found["recall"] == 0.5 and found["accuracy"] == pytest.approx(4 / 5)
 
 
-def test_published_data_sets_from_local_files():
-    if not SHARED.is_dir():
-        pytest.skip("the shared data folder is not beside the checkout")
-    rte = find_benchmark("superglue", "RTE")
-    train, validation, test = load_benchmark(rte, SHARED / "superglue-rte", 0)
-    assert (len(train), len(validation), len(test)) == (2490, 277, 3000) and "label" not in test.columns
-    wsc = find_benchmark("superglue", "wsc")
-    table = load_benchmark(wsc, SHARED / "superglue-wsc", 1)[0]
-    assert table.rows[0]["text"].count("*") == 2 and text_columns_of(wsc, table) == ["text", "text_b"]
-    sizes = [len(t) for t in load_benchmark(find_benchmark("ner", "conll2003"), SHARED / "conll2003", 0)]
-    assert sizes == [14041, 3250, 3453]
-    sizes = [len(t) for t in load_benchmark(find_benchmark("ner", "conll2004"), SHARED / "conll04", 0)]
-    assert sizes == [910, 243, 288]
+def test_text_scores_take_the_best_gold_answer():
+    found = text_scores(["the U.S.", "Anna B", "none", ""], [["us", "America"], ["Anna"], [], [""]])
+    assert found == pytest.approx({"exact_match": 2 / 4, "f1": (1 + 2 / 3) / 4})      # no word in common is 0, also of nothing
 
 
-@pytest.mark.parametrize(
-    "task, name, words",
-    [
-        ("superglue", "copa", "cannot be trained yet"),
-        ("qa", "squad", "cannot be trained yet"),
-        ("glue", "imdb", "is unknown; there are glue: cola"),
-    ],
-)
-def test_data_sets_that_are_not_there(task, name, words):
-    with pytest.raises(ConfigError, match=words):
-        find_benchmark(task, name)
-    with pytest.raises(DataError, match="holds no train file"):
-        load_benchmark(find_benchmark("glue", "sst2"), Path(__file__).parent, 0)
+@pytest.mark.parametrize("value, name", [
+    ("no", "no"), ("YES", "yes"), (1, "yes"), ("0", "no"), (1.0, "yes"), (2, 2), ("perhaps", "perhaps"), (None, None), ("", None),
+    (-1, None), ("-1", None), (-1.0, None)])
+def test_labels_of_published_files(value, name):
+    assert label_name(value, ["no", "yes"]) == name
+
+
+def test_labels_of_published_files_by_name_first():
+    assert label_name("1", ["1", "0"]) == "1" and label_name(True, ["False", "True"]) == "True"
+    assert label_name("-1", ["-1", "1"]) == "-1"
+    assert label_name("2.5", []) == 2.5 and label_name(-1.0, []) is None and label_name("high", []) == "high"

@@ -1,0 +1,121 @@
+"""Files of a user's own: which task their columns are, unless they say it.
+
+Lists of labels are tags, a question with a context is extractive question answering, choices are multiple choice, and everything
+else is a text or a pair: names are classes, numbers with a fraction are regression.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ptv2_engine.errors import ConfigError, DataError
+from ptv2_engine.tasks.base import Task
+from ptv2_engine.tasks.choices import ChoiceTask
+from ptv2_engine.tasks.data import Table
+from ptv2_engine.tasks.features import Labels
+from ptv2_engine.tasks.qa import normal_table
+from ptv2_engine.tasks.sequences import SequenceTask
+from ptv2_engine.tasks.spans import SpanTask
+from ptv2_engine.tasks.tags import TagTask
+
+MODEL_TASKS = ("sequence-classification", "token-classification", "question-answering", "multiple-choice")
+_LABELS = ("label", "labels", "tags", "ner_tags", "answer", "target")
+_TEXTS = ("text", "sentence", "words", "tokens")
+_CHOICE = re.compile(r"(choice|option|ending|alternative)s?_?[0-9]*|sol[0-9]", re.IGNORECASE)
+
+
+def normalised(table: Table) -> Table:
+    """A table whose rows are examples: nested SQuAD files are laid flat, and a plain answer is looked for in its context."""
+    columns = set(table.columns)
+    if "paragraphs" in columns or {"question", "context"} <= columns:
+        return normal_table(table)
+    return table
+
+
+def infer_task(table: Table, label_column: str | None = None) -> str:
+    """The model task of a table's columns."""
+    columns = set(table.columns)
+    if {"question", "context"} <= columns and columns & {"answers", "answer"}:
+        return "question-answering"
+    if _choices(table):
+        return "multiple-choice"
+    label = _label_column(table, label_column)
+    first = next((row[label] for row in table.rows if row.get(label) is not None), None)
+    return "token-classification" if isinstance(first, (list, tuple)) else "sequence-classification"
+
+
+def task_for(table: Table, *, task: str | None = None, text_columns: Sequence[str] | None = None,
+             label_column: str | None = None, choice_columns: Sequence[str] | None = None,
+             doc_stride: int = 128, **span_options: Any) -> Task:
+    """The task of a training table (after `normalised`).
+
+    Arguments:
+        task: one of MODEL_TASKS; default from the columns. text_columns, label_column, choice_columns: default the usual names.
+        doc_stride, span_options: of SpanTask.
+    Raises:
+        ConfigError, DataError: a task there is not, or columns that cannot be told apart.
+    """
+    if task is not None and task not in MODEL_TASKS:
+        raise ConfigError(f"--task {task!r} does not exist; choose one of {', '.join(MODEL_TASKS)}.")
+    kind = task or infer_task(table, label_column)
+    if kind == "question-answering":
+        return _spans(table, text_columns, label_column, doc_stride, span_options)
+    label = _label_column(table, label_column)
+    if kind == "multiple-choice":
+        choices = list(choice_columns or _choices(table))
+        if not choices:
+            raise DataError(f"{table.source}: which of the columns {', '.join(table.columns)} hold the choices? Give "
+                            "--choice_columns FIRST SECOND ..., or one with lists.")
+        texts = list(text_columns or _texts(table, {label, *choices}, most=2))
+        _need(table, (*texts, *choices, label))
+        return ChoiceTask(texts, choices, label)
+    if kind == "token-classification":
+        predicate = "predicate" if "predicate" in table.columns else None
+        words = list(text_columns or _texts(table, {label, "predicate"}, most=1))
+        _need(table, (words[0], label))
+        return TagTask.infer(table, words[0], label, predicate)
+    texts = list(text_columns or _texts(table, {label}, most=2))
+    _need(table, (*texts, label))
+    labels = Labels.infer([v for v in table.column(label) if v is not None], table.source)
+    if labels.kind == "tags":
+        raise DataError(f"{table.source}: the column {label!r} holds lists, one label a word; use --task token-classification.")
+    return SequenceTask(texts, label, labels.kind, labels.names, best="pearson" if labels.kind == "values" else "accuracy")
+
+
+def _spans(table: Table, text_columns: Sequence[str] | None, label_column: str | None, doc_stride: int,
+           options: dict[str, Any]) -> SpanTask:
+    question, context = text_columns if text_columns and len(text_columns) == 2 else ("question", "context")
+    answers = label_column or "answers"
+    _need(table, (question, context, answers))
+    without = any(not row[answers].get("text") for row in table.rows if isinstance(row[answers], dict))
+    return SpanTask(question_column=question, context_column=context, answers_column=answers, unanswerable=without,
+                    doc_stride=doc_stride, **options)
+
+
+def _label_column(table: Table, given: str | None) -> str:
+    return given or next((c for c in _LABELS if c in table.columns), "label")
+
+
+def _choices(table: Table) -> list[str]:
+    """Columns that look like choices: choice1, choice2, ..., or one `choices` that holds lists."""
+    found = [c for c in table.columns if _CHOICE.fullmatch(c)]
+    if len(found) == 1:
+        return found if table.rows and isinstance(table.rows[0][found[0]], (list, tuple)) else []
+    return found
+
+
+def _texts(table: Table, others: set[str], most: int) -> list[str]:
+    columns = [c for c in table.columns if c not in others]
+    likely = [c for c in columns if c in _TEXTS]
+    guess = likely[:1] or (columns if 1 <= len(columns) <= most else [])
+    if not guess:
+        wanted = "ONE [TWO]" if most > 1 else "ONE"
+        raise DataError(f"{table.source}: which of the columns {', '.join(columns)} hold the text? Give --text_columns {wanted}.")
+    return guess
+
+
+def _need(table: Table, names: Sequence[str]) -> None:
+    for name in names:
+        table.column(name)
