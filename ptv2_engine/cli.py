@@ -1,4 +1,4 @@
-"""The `ptv2` command: train, evaluate, predict, memory, info. Argument parsing and printing only."""
+"""The `ptv2` command: train, evaluate, predict, ablate, data, presets, memory, info. Argument parsing and printing only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,17 @@ from ptv2_engine.errors import PTV2Error
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 with one sentence on stderr for anything a user can mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "evaluate": _evaluate, "predict": _predict, "memory": _memory, "info": _info}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train, "evaluate": _evaluate, "predict": _predict, "ablate": _ablate, "data": _data, "presets": _presets,
+        "memory": _memory, "info": _info}
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: ptv2 {train,evaluate,predict,memory,info} ...\n\n"
+        print(f"usage: ptv2 {{{','.join(commands)}}} ...\n\n"
               "  train     train a prompt on a frozen backbone (ptv2 train --help: all flags)\n"
               "  evaluate  score an adapter on a file\n"
               "  predict   label texts with an adapter\n"
+              "  ablate    run a grid of settings and draw its figures\n"
+              "  data      check FILE: examples, labels, lengths and mistakes of a file, before training\n"
+              "  presets   the published settings that train --preset takes\n"
               "  memory    peak memory of a training step, before it is run\n"
               "  info      versions, devices, and which backend runs for each op and why; info MODEL: its sizes")
         return 0
@@ -127,6 +132,30 @@ def _render(rows: list[dict[str, Any]], form: str) -> str:
         table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
     Console(file=out, width=120).print(table)
     return out.getvalue()
+
+
+def _ablate(argv: list[str]) -> None:
+    from ptv2_engine.ablate import run
+
+    run(argv)
+
+
+def _data(argv: list[str]) -> None:
+    from ptv2_engine.cli_data import run
+
+    run(argv)
+
+
+def _presets(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="ptv2 presets", description="The published settings, and the flags of one.")
+    parser.add_argument("name", nargs="?", help="show this one's flags")
+    args = parser.parse_args(argv)
+    from ptv2_engine.presets import list_presets, load_preset
+
+    if args.name is None:
+        print("".join(f"{name:28} {summary}\n" for name, summary in list_presets()), end="")
+    else:
+        print("".join(f"--{name} {' '.join(values)}\n" for name, values in load_preset(args.name).items()), end="")
 
 
 def _memory(argv: list[str]) -> None:

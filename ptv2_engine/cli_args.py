@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ptv2_engine.errors import ConfigError
+from ptv2_engine.methods import Method, prompt_init, resolve
+from ptv2_engine.presets import flags_of, list_presets, load_preset, read_yaml
 from ptv2_engine.prompt import PromptConfig
 
 DEFAULTS = {"output_dir": "runs/ptv2", "learning_rate": "5e-3", "per_device_train_batch_size": "32",
@@ -27,12 +28,14 @@ ALIASES = {
     "reparam": "reparameterization",
     "depth": "prompt_layers",
     "backbone": "model_name_or_path",
+    "init": "prompt_init",
+    "null_score_diff_threshold": "null_threshold",
 }
-SWITCHES = {"prefix": ("method", "deep"), "prompt": ("method", "shallow"), "prefix_projection": ("reparameterization", "mlp"),
-            "stream_weights": ("stream_weights", "host")}
+SWITCHES = {"prefix": ("method", "p-tuning-v2"), "prompt": ("method", "prompt-tuning"),
+            "prefix_projection": ("reparameterization", "mlp"), "stream_weights": ("stream_weights", "host")}
 # flags of the published scripts that have no effect here, and whether a value follows
 IGNORED = {"overwrite_output_dir", "overwrite_cache", "use_fast_tokenizer", "pad_to_max_length", "do_train", "use_auth_token",
-           "cache_dir", "config_name"}
+           "cache_dir", "config_name", "version_2_with_negative"}
 
 
 @dataclass
@@ -68,14 +71,25 @@ class DataArguments:
     )
     validation_file: str | None = None
     test_file: str | None = None
-    text_columns: list[str] | None = field(default=None, metadata={"help": "one or two columns; one with word lists for tagging"})
-    label_column: str | None = field(default=None, metadata={"help": "default: label, labels or tags"})
-    task_name: str | None = field(default=None, metadata={"help": "glue, superglue or ner"})
-    dataset_name: str | None = field(default=None, metadata={"help": "rte, sst2, conll2003, ..."})
+    task: str | None = field(default=None, metadata={
+        "help": "sequence-classification, token-classification, question-answering or multiple-choice; default: by the columns"})
+    text_columns: list[str] | None = field(default=None, metadata={
+        "help": "one or two columns; one with word lists for tagging; question and context for question answering"})
+    label_column: str | None = field(default=None, metadata={"help": "default: label, labels, tags or answers"})
+    choice_columns: list[str] | None = field(default=None, metadata={
+        "help": "multiple choice: a column a choice, or one that holds lists; default: choice1, choice2, ..., or choices"})
+    doc_stride: int = field(default=128, metadata={"help": "question answering: tokens that two windows share"})
+    n_best_size: int = field(default=20, metadata={"help": "question answering: starts and ends that are combined"})
+    max_answer_length: int = field(default=30, metadata={"help": "question answering: tokens of an answer"})
+    null_threshold: float = field(default=0.0, metadata={"help": "question answering: how much better no answer must score"})
+    task_name: str | None = field(default=None, metadata={"help": "glue, superglue, ner, srl or qa"})
+    dataset_name: str | None = field(default=None, metadata={"help": "rte, sst2, conll2003, squad, ..."})
+    multi_task: str | None = field(default=None, metadata={
+        "help": "YAML file of several data sets that share one prompt (docs/multi-task.md), in place of one data set"})
     data_dir: str | None = field(default=None, metadata={"help": "folder with the data set's files instead of the hub"})
     template_id: int = field(default=0, metadata={"help": "input template of WiC and WSC (0 or 1)"})
     head: str = field(default="classifier", metadata={
-        "help": "classifier (a trained linear layer), or cloze (GLM: the frozen language model fills a blank)"})
+        "help": "classifier (a trained linear layer), or cloze (the verbalizer: the frozen language model fills a blank)"})
     pattern_id: int = field(default=0, metadata={"help": "cloze: which of the published patterns of the data set"})
     pattern: str | None = field(default=None, metadata={
         "help": "cloze, own data: columns and one blank, such as '{premise} Question: {hypothesis}? Answer: {mask}.'"})
@@ -90,24 +104,35 @@ class DataArguments:
 class PromptArguments:
     """What is trained beside the head."""
 
-    method: str = field(
-        default="deep", metadata={"help": "deep (P-Tuning v2), shallow (prompt tuning, P-tuning) or none (head only)"}
-    )
+    method: str = field(default="p-tuning-v2", metadata={
+        "help": "p-tuning-v2 (every layer), prompt-tuning (input), p-tuning (v1: input, behind an LSTM), head-only, fine-tuning, "
+        "bitfit, or lora (PEFT's)"})
     prompt_length: int = 20
     prompt_layers: str = field(default="all", metadata={"help": "all, a number k for the top k, or layers from 1 such as 17-24"})
     reparameterization: str | None = field(default=None, metadata={"help": "mlp or lstm"})
     reparameterization_hidden: int = 512
     prompt_dropout: float = 0.1
-    prompt_init: str = field(default="normal", metadata={"help": "normal, zero, tokens, or the folder of a saved adapter"})
+    prompt_init: str = field(default="normal", metadata={
+        "help": "normal, zero, tokens (random ones of the vocabulary), 'text:some words', or the folder of a saved adapter"})
+    lora_rank: int = 8
+    lora_alpha: int = 16
     head_learning_rate: float | None = None
     epoch_decay: float | None = field(
-        default=None, metadata={"help": "multiply the rate by this each epoch; default 0.95 for tagging"}
+        default=None, metadata={"help": "multiply the rate by this each epoch; default 0.95 for tagging and question answering, "
+                                "where no --lr_scheduler_type is given; 0: use the scheduler"}
     )
 
-    def prompt_config(self) -> PromptConfig:
-        return PromptConfig(prompt_length=self.prompt_length, prompt_layers=self.prompt_layers, method=self.method,
-                            reparameterization=self.reparameterization, reparameterization_hidden=self.reparameterization_hidden,
-                            prompt_dropout=self.prompt_dropout, init=self.prompt_init)
+    def resolved(self) -> Method:
+        """The method by its name. Raises ConfigError."""
+        return resolve(self.method, self.reparameterization)
+
+    def prompt_config(self, tokenizer: Any = None) -> PromptConfig:
+        """tokenizer: for prompt_init 'text:...'. Raises ConfigError."""
+        method = self.resolved()
+        init = {"init": self.prompt_init} if tokenizer is None else prompt_init(self.prompt_init, tokenizer, self.prompt_length)
+        return PromptConfig(prompt_length=self.prompt_length, prompt_layers=self.prompt_layers, method=method.prompt_method,
+                            reparameterization=method.reparameterization, prompt_dropout=self.prompt_dropout,
+                            reparameterization_hidden=self.reparameterization_hidden, **init)
 
 
 GROUPS = (ModelArguments, DataArguments, PromptArguments, TrainingArguments)
@@ -118,17 +143,24 @@ def known_flags() -> list[str]:
 
 
 def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, PromptArguments, TrainingArguments, list[str]]:
-    """The four groups and notes for the user (ignored flags). Later wins: defaults, then --config's file, then the flags.
+    """The four groups and notes for the user (ignored flags). Later wins: defaults, --preset, --config's file, the flags.
 
     Raises ConfigError for an unknown flag or key, naming the nearest.
     """
     notes: list[str] = []
     flags = _translate(_split(argv), notes)
-    file = flags.pop("config", None)
+    file, preset = flags.pop("config", None), flags.pop("preset", None)
     merged: dict[str, list[str]] = {name: [value] for name, value in DEFAULTS.items()}
+    if preset is not None:
+        if len(preset) != 1:
+            raise ConfigError(f"--preset takes one name, but got {len(preset)}; there are "
+                              f"{', '.join(name for name, _ in list_presets())}.")
+        merged |= _translate(load_preset(preset[0]), notes)
     if file is not None:
-        merged |= _translate(_from_yaml(file[0]), notes)
+        merged |= _translate(flags_of(read_yaml(file[0], "--config"), f"--config {file[0]}"), notes)
     merged |= flags
+    if "lr_scheduler_type" in merged:
+        merged.setdefault("epoch_decay", ["0"])
     if not torch.cuda.is_available():
         merged.setdefault("use_cpu", ["True"])      # transformers refuses --bf16 without it
     known = set(known_flags())
@@ -172,21 +204,6 @@ def _split(argv: Sequence[str]) -> dict[str, list[str]]:
         else:
             current.append(word)
     return flags
-
-
-def _from_yaml(path: str) -> dict[str, list[str]]:
-    import yaml
-
-    if not Path(path).is_file():
-        raise ConfigError(f"--config {path} does not exist; check the path.")
-    try:
-        loaded = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not valid YAML ({str(error).splitlines()[0]}); correct it.") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"--config {path} must hold keys and values, such as 'learning_rate: 5e-3'.")
-    return {str(k).replace("-", "_"): [str(v) for v in value] if isinstance(value, list) else [str(value)]
-            for k, value in loaded.items() if value is not None}
 
 
 def _translate(flags: dict[str, list[str]], notes: list[str]) -> dict[str, list[str]]:

@@ -83,7 +83,9 @@ def test_train_writes_adapter_tokenizer_settings_and_results(adapter):
     assert {"adapter_model.safetensors", "adapter_config.json", "ptv2_data.json", "tokenizer.json"} <= {
         p.name for p in adapter.iterdir()
     }
-    assert json.loads((adapter / "ptv2_data.json").read_text())["text_columns"] == ["text"]
+    assert json.loads((adapter / "ptv2_data.json").read_text())["task"]["text_columns"] == ["text"]
+    assert results["metric"] == "accuracy" and results["trained_parameters"] == 4 * 2 * 3 * 64 + 2 * 64 + 2
+    assert results["best_evaluation"]["eval_accuracy"] >= results["last_evaluation"]["eval_accuracy"] > 0
 
 
 def test_evaluate_equals_what_training_reported(adapter, data, capsys):
@@ -138,14 +140,15 @@ def test_a_published_run_script_works_unchanged():
     model, data, prompt, training, notes = parse_train(words.split())
     assert (model.model_name_or_path, model.hidden_dropout_prob) == ("roberta-large", 0.1)
     assert (data.task_name, data.dataset_name) == ("superglue", "rte")
-    assert (prompt.method, prompt.prompt_length, prompt.reparameterization) == ("deep", 128, None)
+    assert (prompt.method, prompt.prompt_length, prompt.reparameterization) == ("p-tuning-v2", 128, None)
+    assert prompt.prompt_config().method == "deep"
     assert (training.learning_rate, training.num_train_epochs, training.seed) == (5e-3, 100, 11)
     assert any("overwrite_output_dir" in n for n in notes)
     assert (
         parse_train(words.replace("--prefix", "--prefix_projection --prefix_hidden_size 300").split())[2].reparameterization
         == "mlp"
     )
-    assert parse_train(words.replace("--prefix", "--prompt").split())[2].method == "shallow"
+    assert parse_train(words.replace("--prefix", "--prompt").split())[2].prompt_config().method == "shallow"
 
 
 def test_unknown_flags_name_the_nearest():
@@ -192,7 +195,7 @@ def test_errors_are_one_sentence_and_exit_code_2(change, words, backbone, data, 
 def test_unseen_labels_and_unknown_commands(adapter, capsys, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": "the film", "label": "odd"}))
     assert main(["evaluate", str(adapter), str(tmp_path / "x.jsonl"), "--device", "cpu"]) == 2
-    assert "label 'odd' is not one of the 2 known labels (bad, good)" in capsys.readouterr().err
+    assert "row 1: label 'odd' is not one of bad, good" in capsys.readouterr().err
     assert main(["fly"]) == 2 and "'fly' is not a command" in capsys.readouterr().err
     assert main([]) == 0 and main(["--version"]) == 0
 

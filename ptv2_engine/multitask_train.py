@@ -1,0 +1,185 @@
+"""`ptv2 train --multi_task FILE`: one prompt over several data sets (MPT-2), each evaluated by itself.
+
+The file:
+
+    temperature: 2          # how data sets are drawn: by size ** (1 / temperature); default 1
+    mix: false              # true: several data sets in one packed batch
+    data_sets:
+      rte: {task_name: superglue, dataset_name: rte}
+      mine: {train_file: train.jsonl, validation_file: dev.jsonl, max_seq_length: 64}
+
+A data set takes the data flags of `ptv2 train`. Each gets an adapter in OUTPUT/NAME, and OUTPUT is what `--init` of a data set's
+own run may name: the second stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from torch import nn
+from transformers import TrainingArguments
+
+from ptv2_engine.adapter import replace_file
+from ptv2_engine.batches import PackedCollator
+from ptv2_engine.cli_args import DataArguments, ModelArguments, PromptArguments
+from ptv2_engine.cli_train import (
+    best_candidate,
+    check_arguments,
+    load_data,
+    load_tokenizer,
+    make_model,
+    picks,
+    text_length,
+    trained_parameters,
+    write_settings,
+)
+from ptv2_engine.errors import ConfigError
+from ptv2_engine.multitask import MultiTaskBatchSampler, MultiTaskCollator, MultiTaskModel
+from ptv2_engine.presets import read_yaml
+from ptv2_engine.progress import show_progress
+from ptv2_engine.tasks.base import Feature, Task, as_features
+from ptv2_engine.tasks.data import Table
+from ptv2_engine.trainer import Trainer, check_writable
+
+
+@dataclass
+class DataSet:
+    """One of the data sets: its tables, task and features by split."""
+
+    name: str
+    arguments: DataArguments
+    tables: dict[str, Table]
+    task: Task
+    features: dict[str, list[Feature]] = dataclasses.field(default_factory=dict)
+    max_length: int = 0
+
+    def tokenise(self, tokenizer: Any, prompt_length: int, model: Any) -> None:
+        self.max_length = text_length(self.arguments, prompt_length, model)
+        self.features = {split: self.task.features(table, tokenizer, self.max_length, training=split == "train")
+                         for split, table in self.tables.items() if split == "train" or self.task.has_labels(table)}
+
+
+class MultiTaskTrainer(Trainer):
+    """Trainer of a MultiTaskModel: batches by data set, and an evaluation of each under eval_NAME_METRIC, with their mean."""
+
+    def __init__(self, model: MultiTaskModel, args: TrainingArguments, sets: list[DataSet], *, temperature: float = 1.0,
+                 mix: bool = False, **options: Any) -> None:
+        self.sets, self.temperature, self.mix = sets, temperature, mix
+        train = [f | {"data_set": d} for d, s in enumerate(sets) for f in as_features(s.features["train"])]
+        collate = PackedCollator(vocab_size=model.encoder.config.vocab_size, max_length=model.max_length())
+        args.remove_unused_columns = False
+        super().__init__(model, args, train_dataset=train, data_collator=MultiTaskCollator(collate), plan_memory=False,
+                         eval_dataset=train[:1] if any("validation" in s.features for s in sets) else None, **options)
+        self.packs = True                # its own sampler, though the collator is not the usual one
+
+    def _sampler(self, lengths: list[int], args: TrainingArguments, batch_size: int) -> Any:
+        return MultiTaskBatchSampler(lengths, [len(s.features["train"]) for s in self.sets], batch_size,
+                                     temperature=self.temperature, mix=self.mix, seed=args.data_seed or args.seed)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """transformers' own: mixed batches are not cut into pieces."""
+        return transformers.Trainer.training_step(self, model, inputs, num_items_in_batch)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None,
+                 metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Every data set with a validation table; eval_mean is the mean of their main metrics."""
+        found: dict[str, float] = {}
+        best = []
+        for d, data_set in enumerate(self.sets):
+            if "validation" not in data_set.features:
+                continue
+            scores = self.score(d, "validation", f"{metric_key_prefix}_{data_set.name}")
+            best.append(scores[f"{metric_key_prefix}_{data_set.name}_{data_set.task.best}"])
+            found |= scores
+        found[f"{metric_key_prefix}_mean"] = sum(best) / len(best)
+        self.log({f"{metric_key_prefix}_mean": found[f"{metric_key_prefix}_mean"]})
+        return found
+
+    def score(self, d: int, split: str, prefix: str) -> dict[str, float]:
+        """The metrics of one data set's split."""
+        data_set = self.sets[d]
+        rows = [f | {"data_set": d} for f in as_features(data_set.features[split])]
+        self.compute_metrics = data_set.task.metrics(data_set.tables[split], data_set.features[split])
+        self.label_names = ["start_positions", "end_positions"] if data_set.task.kind == "span" else ["labels"]
+        self.preprocess_logits_for_metrics = best_candidate if picks(data_set.task) else None
+        return super().evaluate(cast(Any, rows), metric_key_prefix=prefix)
+
+
+def read_data_sets(path: str) -> tuple[dict[str, DataArguments], float, bool]:
+    """The file's data sets, temperature and mix. Raises ConfigError naming a key that does not exist."""
+    loaded = read_yaml(path, "--multi_task")
+    _known(loaded, ("data_sets", "temperature", "mix"), f"--multi_task {path}")
+    sets, temperature, mix = loaded.get("data_sets"), loaded.get("temperature", 1.0), loaded.get("mix", False)
+    if not isinstance(sets, dict) or not sets or not all(isinstance(s, dict) for s in sets.values()):
+        raise ConfigError(f"--multi_task {path} needs data_sets: a name for each, and its data flags, such as "
+                          "'rte: {task_name: superglue, dataset_name: rte}'.")
+    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not isinstance(mix, bool):
+        raise ConfigError(f"--multi_task {path}: temperature {temperature!r} must be a number and mix {mix!r} true or false.")
+    flags = [f.name for f in dataclasses.fields(DataArguments)]
+    for name, values in sets.items():
+        _known(values, flags, f"--multi_task {path}, data set {name}")
+    return {str(name): DataArguments(**values) for name, values in sets.items()}, float(temperature), mix
+
+
+def _known(given: dict[str, Any], names: Any, where: str) -> None:
+    for key in given:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), list(names), 1)
+            raise ConfigError(f"{where}: {key!r} is not a key" + (f"; did you mean {near[0]}?" if near else
+                                                                   f"; there are {', '.join(names)}."))
+
+
+def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_args: PromptArguments,
+                   args: TrainingArguments) -> dict[str, Any]:
+    """Train one prompt on several data sets, save an adapter for each, and return the results that are also written."""
+    source, method = check_arguments(model_args), prompt_args.resolved()
+    assert data_args.multi_task is not None
+    if method.outside:
+        raise ConfigError(f"--multi_task shares a prompt or a backbone of this package, but --method {method.name} is PEFT's; "
+                          "choose another method.")
+    if data_args.train_file or data_args.dataset_name:
+        raise ConfigError("--multi_task names the data sets in its file; leave --train_file and --dataset_name out.")
+    arguments, temperature, mix = read_data_sets(data_args.multi_task)
+    sets = [DataSet(name, own, *load_data(own)) for name, own in arguments.items()]
+    if mix and (cloze := [s.name for s in sets if s.task.kind == "cloze"]):
+        raise ConfigError(f"mix: true cannot hold the cloze task {cloze[0]}; set mix: false.")
+    output = Path(args.output_dir or ".")
+    check_writable(output)
+    transformers.set_seed(args.seed)
+    tokenizer = load_tokenizer(model_args.tokenizer_name or source, any(s.task.kind == "tags" for s in sets))
+    first = make_model(model_args, prompt_args, args, sets[0].task, tokenizer)
+    others = {s.name: {"task": s.task.model_task, "pooler": model_args.pooler} | s.task.model_options(tokenizer)
+              for s in sets[1:]}
+    model = MultiTaskModel.from_first(sets[0].name, first, others)
+    if model_args.hidden_dropout_prob is not None:
+        model.set_hidden_dropout(model_args.hidden_dropout_prob)
+    for data_set in sets:
+        data_set.tokenise(tokenizer, prompt_args.prompt_length, model)
+    if not any("validation" in s.features for s in sets):
+        args.eval_strategy, args.do_eval = transformers.trainer_utils.IntervalStrategy.NO, False
+    if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
+        args.metric_for_best_model, args.greater_is_better = "eval_mean", True
+    trainer = MultiTaskTrainer(model, args, sets, temperature=temperature, mix=mix, processing_class=tokenizer,
+                               head_learning_rate=prompt_args.head_learning_rate, epoch_decay=prompt_args.epoch_decay or None)
+    show_progress(trainer, ", ".join(model.names))
+    model.print_trainable_parameters()
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    results: dict[str, Any] = {
+        "output_dir": args.output_dir, "method": method.name, "trained_parameters": trained_parameters(model),
+        "seconds": round(time.perf_counter() - started, 2), "data_sets": {}}
+    trainer.save_model()
+    for d, data_set in enumerate(sets):
+        write_settings(output / data_set.name, data_set.task, data_set.max_length, data_set.arguments)
+        tokenizer.save_pretrained(output / data_set.name)
+        scores = {split: trainer.score(d, split, split) for split in data_set.features if split != "train"}
+        results["data_sets"][data_set.name] = {"metric": data_set.task.best} | scores
+    replace_file(output / "results.json", json.dumps(results, indent=2).encode())
+    return results
