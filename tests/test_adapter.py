@@ -316,5 +316,5 @@ def test_other_programs_files_say_what_they_lack(tmp_path):
         PromptedModel.from_adapter(tmp_path, backbone=base)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LORA"}))
-    with pytest.raises(AdapterError, match="is a LORA adapter for SEQ_CLS; PREFIX_TUNING for SEQ_CLS or TOKEN_CLS or QUESTION_ANS can be"):
+    with pytest.raises(AdapterError, match="is a LORA adapter for SEQ_CLS; PREFIX_TUNING for SEQ_CLS or TOKEN_CLS or QUES"):
         PromptedModel.from_peft(tmp_path, base)

@@ -13,7 +13,8 @@ from ptv2_engine.adapter import TENSORS, read_tensors
 from ptv2_engine.cli import main
 from ptv2_engine.testing import tiny_model
 
-WORDS = ["rome", "paris", "ann", "bob", "went", "to", "and", "saw", "who", "where", "the", "city", "man", "yes", "no", "great", "bad"]
+WORDS = ["rome", "paris", "ann", "bob", "went", "to", "and", "saw", "who", "where", "the", "city", "man", "yes", "no", "great",
+         "bad"]
 CITIES, PEOPLE = ("rome", "paris"), ("ann", "bob")
 
 
@@ -49,7 +50,8 @@ def rows(kind, count, seed=0):
             "tags": {"words": words, "tags": ["B-PER", "O", "O", "B-LOC", "O", "O", "O", "O"]},
             "srl": {"words": words, "predicate": 1, "tags": ["B-A0", "B-V", "B-A1", "I-A1", "O", "O", "O", "O"]},
             "span": {"question": "where ?" if i % 2 else "who ?", "context": text, "answer": city if i % 2 else person},
-            "maybe": {"question": "where ?", "context": text if i % 2 else f"{person} saw the man .", "answer": city if i % 2 else ""},
+            "maybe": {"question": "where ?", "context": text if i % 2 else f"{person} saw the man .",
+                      "answer": city if i % 2 else ""},
             "choice": {"text": text, "choice1": f"the city : {CITIES[0]}", "choice2": f"the city : {CITIES[1]}",
                        "label": CITIES.index(city)},
             "cloze": {"text": text, "label": "yes" if city == "rome" else "no"},
@@ -96,7 +98,8 @@ def test_train_resume_evaluate_predict(backbone, kind, tmp_path, capsys):
 
     unlabelled = [{k: v for k, v in row.items() if k not in ("label", "tags", "answer")} for row in rows(kind, 10, 1)]
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unlabelled))
-    assert main(["predict", str(tmp_path / "a"), "--file", str(tmp_path / "new.jsonl"), "--format", "jsonl", "--device", "cpu"]) == 0
+    new = ["--file", str(tmp_path / "new.jsonl"), "--format", "jsonl", "--device", "cpu"]
+    assert main(["predict", str(tmp_path / "a"), *new]) == 0
     predicted = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(predicted) == 10
     assert known is None or {row[answer] for row in predicted} <= known

