@@ -16,10 +16,10 @@ from ptv2_engine.packing import IGNORE
 class PackedCollator:
     """Features of tokenised examples -> one packed batch, as a dictionary that PromptedModel.forward takes.
 
-    Each feature holds input_ids (a list, not padded) and optionally token_type_ids, label / labels / label_ids (a number, or a
-    list for token classification), start_positions and end_positions, prompt_ids (the example's prompt in a bank),
-    mask_positions (the blank of a masked language model), and for GLM's cloze causal_from, position_ids (two lists),
-    candidate_ids and target_ids. Multiple choice: input_ids (and token_type_ids) is a list of lists, one a choice.
+    Each feature holds input_ids (a list; padding on the right that an attention_mask marks is cut) and optionally token_type_ids,
+    label / labels / label_ids (a number, or a list for token classification), start_positions and end_positions, prompt_ids (the
+    example's prompt in a bank), mask_positions (the blank of a masked language model), and for GLM's cloze causal_from, position_ids
+    (two lists), candidate_ids and target_ids. Multiple choice: input_ids (and token_type_ids) is a list of lists, one a choice.
 
     The result holds first what has an entry for each example (transformers takes the batch size from the first tensor):
     seq_lengths [B], or choice_counts [B] in front of the seq_lengths of all choices; then input_ids [T], max_seqlen, and labels
@@ -34,6 +34,7 @@ class PackedCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {}
+        features = [without_padding(feature) for feature in features]
         if features and is_choice(features[0]):
             counts = [len(f["input_ids"]) for f in features]
             batch = {"choice_counts": torch.tensor(counts), "max_choices": max(counts)}
@@ -71,6 +72,35 @@ class PackedCollator:
         if self.vocab_size is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise InputError(f"token id {int(ids.max()) if int(ids.max()) >= self.vocab_size else int(ids.min())} is outside the "
                              f"vocabulary of {self.vocab_size}; use the tokenizer that belongs to the backbone.")
+
+
+def real_length(mask: Sequence[int]) -> int:
+    """Tokens of an attention mask. Raises InputError where padding stands in front of one."""
+    count = sum(1 for m in mask if m)
+    if not all(mask[:count]):
+        raise InputError(f"an example's attention_mask has a 0 in front of its last token (position {list(mask).index(0)}), but "
+                         "only padding on the right can be cut; tokenise without padding, or with padding_side='right'.")
+    return count
+
+
+def without_padding(feature: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A feature without what its attention_mask leaves out, as transformers' scripts make it with padding="max_length"."""
+    mask = feature.get("attention_mask")
+    if mask is None or not len(mask):
+        return feature
+    nested = is_choice(feature)
+    lengths = [real_length(row) for row in (mask if nested else [mask])]
+    widths = [len(row) for row in (mask if nested else [mask])]
+    if lengths == widths:
+        return feature
+    cut = dict(feature)
+    for name in ("input_ids", "token_type_ids"):
+        if name in cut:
+            cut[name] = [row[:n] for row, n in zip(cut[name], lengths, strict=True)] if nested else cut[name][:lengths[0]]
+    for name in ("labels", "label", "label_ids"):           # one a token
+        if not nested and hasattr(cut.get(name), "__len__") and len(cut[name]) == widths[0]:
+            cut[name] = cut[name][:lengths[0]]
+    return cut
 
 
 def is_choice(feature: Mapping[str, Any]) -> bool:

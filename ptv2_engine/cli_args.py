@@ -85,7 +85,7 @@ class DataArguments:
     task_name: str | None = field(default=None, metadata={"help": "glue, superglue, ner, srl or qa"})
     dataset_name: str | None = field(default=None, metadata={"help": "rte, sst2, conll2003, squad, ..."})
     multi_task: str | None = field(default=None, metadata={
-        "help": "YAML file of several data sets that share one prompt (docs/multi-task.md), in place of one data set"})
+        "help": "YAML file of several data sets that share one prompt (docs/tasks.md), in place of one data set"})
     data_dir: str | None = field(default=None, metadata={"help": "folder with the data set's files instead of the hub"})
     template_id: int = field(default=0, metadata={"help": "input template of WiC and WSC (0 or 1)"})
     head: str = field(default="classifier", metadata={

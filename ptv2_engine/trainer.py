@@ -15,6 +15,7 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptv2_engine.adapter import TENSORS, fill, read_tensors, replace_file
-from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler, sequences_of, split_inputs
+from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler, sequences_of, split_inputs, without_padding
 from ptv2_engine.errors import ConfigError, DataError, NonFiniteLoss, OutOfMemory, OutputError
 from ptv2_engine.model import PromptedModel
 from ptv2_engine.optim import add_back, parameter_groups, set_aside
@@ -303,11 +304,13 @@ def _num_tokens(inputs: dict[str, Any]) -> int:
 
 def _sequences(dataset: Any) -> list[list[int]]:
     """Tokens of each example's sequences (several for multiple choice), read column-wise where the data set allows it."""
+    names = ("input_ids", "attention_mask")
     try:
-        column = dataset["input_ids"]
-    except (TypeError, KeyError, IndexError):
-        column = (dataset[i]["input_ids"] for i in range(len(dataset)))
-    return [[len(ids) for ids in sequences_of({"input_ids": row})] for row in column]
+        columns = {name: dataset[name] for name in names if name in dataset.column_names}
+        rows: Iterable[dict[str, Any]] = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    except (AttributeError, TypeError, KeyError, IndexError):
+        rows = ({name: row[name] for name in names if name in row} for row in (dataset[i] for i in range(len(dataset))))
+    return [[len(ids) for ids in sequences_of(without_padding(row))] for row in rows]
 
 
 _TASKS_BY_CLASS = {"ForSequenceClassification": "sequence-classification", "ForTokenClassification": "token-classification",

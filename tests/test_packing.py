@@ -176,3 +176,25 @@ def test_micro_batches_are_the_batch_cut_up(lengths, sizes, shuffle, drop_last):
         assert len({len(shard) for shard in shards}) == 1
         seen, given = {i for shard in shards for batch in shard for i in batch}, {i for batch in cut for i in batch}
         assert seen <= given and (drop_last or seen == given)               # drop_last drops an incomplete round too
+
+
+def test_the_padding_of_transformers_own_scripts_is_cut():
+    """run_glue.py and run_qa.py pad to max_length: padding must be no token, no label, and no part of the balance."""
+    from ptv2_engine.batches import PackedCollator
+    from ptv2_engine.trainer import _sequences
+
+    rows = [{"input_ids": [5, 6, 7, 0, 0], "attention_mask": [1, 1, 1, 0, 0], "token_type_ids": [0, 1, 1, 0, 0],
+             "labels": [1, 2, 1, -100, -100]}, {"input_ids": [8, 9, 0, 0, 0], "attention_mask": [1, 1, 0, 0, 0],
+                                                "token_type_ids": [0] * 5, "labels": [0, 1, -100, -100, -100]}]
+    names = ("input_ids", "token_type_ids", "labels")
+    plain = [{name: row[name][:n] for name in names} for row, n in zip(rows, (3, 2), strict=True)]
+    ours, expected = PackedCollator()(rows), PackedCollator()(plain)
+    assert set(ours) == set(expected)
+    assert all(torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(expected[name])) for name in expected)
+    choices = [{"input_ids": [[5, 6, 0], [7, 0, 0]], "attention_mask": [[1, 1, 0], [1, 0, 0]], "labels": 1}]
+    assert PackedCollator()(choices)["input_ids"].tolist() == [5, 6, 7]
+    assert _sequences(rows) == [[3], [2]] and _sequences(choices) == [[2, 1]]
+    datasets = pytest.importorskip("datasets")
+    assert _sequences(datasets.Dataset.from_list(rows)) == [[3], [2]]
+    with pytest.raises(InputError, match="padding on the right"):
+        PackedCollator()([{"input_ids": [0, 5], "attention_mask": [0, 1], "labels": 0}])
