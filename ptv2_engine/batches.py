@@ -19,8 +19,8 @@ class PackedCollator:
     Each feature holds input_ids (a list; padding on the right that an attention_mask marks is cut) and optionally token_type_ids,
     label / labels / label_ids (a number, or a list for token classification), start_positions and end_positions, prompt_ids (the
     example's prompt in a bank), mask_positions (the blank of a masked language model), and for GLM's cloze causal_from,
-    position_ids (two lists), candidate_ids and target_ids. Multiple choice: input_ids (and token_type_ids) is a list of lists, one
-    a choice.
+    position_ids (two lists), candidate_ids and target_ids. Multiple choice: input_ids (and token_type_ids) is a list of lists,
+    one a choice.
 
     The result holds first what has an entry for each example (transformers takes the batch size from the first tensor):
     seq_lengths [B], or choice_counts [B] in front of the seq_lengths of all choices; then input_ids [T], max_seqlen, and labels
