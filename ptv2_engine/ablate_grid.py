@@ -97,7 +97,7 @@ def parse(argv: Sequence[str]) -> Grid:
     file = {} if args.grid is None else presets.read_yaml(presets.find_grid(args.grid), "--grid")
     ask = {name: file.pop(name) for name in _OWN if file.get(name) is not None}
     ask |= {name: getattr(args, name) for name in _OWN if getattr(args, name, None) not in (None, [])}
-    given = presets.flags_of(file, f"--grid {args.grid}") | cli_args._split([*rest, *behind])
+    given = presets.flags_of(file, f"--grid {args.grid}") | cli_args.split_flags([*rest, *behind])
     base = _base(given, notes)
     base.pop("output_dir", None)                # a preset's or config file's is for a run of its own
     output_dir = args.output_dir or given.get("output_dir", [None])[0]
@@ -125,11 +125,11 @@ def parse(argv: Sequence[str]) -> Grid:
 
 def _base(given: Flags, notes: list[str]) -> Flags:
     """Flags in force for every cell, in our spelling: the preset's, then the config file's, then those given."""
-    given = cli_args._translate(given, notes)
+    given = cli_args.translate(given, notes)
     config, preset = given.pop("config", None), given.pop("preset", None)
     under: Flags = {}
     if config is not None:
-        under = cli_args._translate(presets.flags_of(presets.read_yaml(config[0], "--config"), f"--config {config[0]}"), notes)
+        under = cli_args.translate(presets.flags_of(presets.read_yaml(config[0], "--config"), f"--config {config[0]}"), notes)
         preset = preset or under.pop("preset", None)
     return ({} if preset is None else presets.load_preset(preset[0])) | under | given
 
@@ -186,7 +186,7 @@ def _cells(base: Flags, vary: dict[str, list[list[str]]], listed: Any) -> list[C
     combined: list[Flags] = []
     if vary or not listed:
         combined += [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
-    combined += [cli_args._translate(presets.flags_of({k.replace("-", "_"): v for k, v in cell.items()}, "cells:"), [])
+    combined += [cli_args.translate(presets.flags_of({k.replace("-", "_"): v for k, v in cell.items()}, "cells:"), [])
                  for cell in listed]
     # a flag whose default is None is left out for "none": reparameterization=none,mlp
     optional = {f.name for group in cli_args.GROUPS for f in dataclasses.fields(group) if f.default is None}

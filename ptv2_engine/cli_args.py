@@ -148,16 +148,16 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
     Raises ConfigError for an unknown flag or key, naming the nearest.
     """
     notes: list[str] = []
-    flags = _translate(_split(argv), notes)
+    flags = translate(split_flags(argv), notes)
     file, preset = flags.pop("config", None), flags.pop("preset", None)
     merged: dict[str, list[str]] = {name: [value] for name, value in DEFAULTS.items()}
     if preset is not None:
         if len(preset) != 1:
             raise ConfigError(f"--preset takes one name, but got {len(preset)}; there are "
                               f"{', '.join(name for name, _ in list_presets())}.")
-        merged |= _translate(load_preset(preset[0]), notes)
+        merged |= translate(load_preset(preset[0]), notes)
     if file is not None:
-        merged |= _translate(flags_of(read_yaml(file[0], "--config"), f"--config {file[0]}"), notes)
+        merged |= translate(flags_of(read_yaml(file[0], "--config"), f"--config {file[0]}"), notes)
     merged |= flags
     if "lr_scheduler_type" in merged:
         merged.setdefault("epoch_decay", ["0"])
@@ -191,7 +191,7 @@ def _refuse(message: str) -> None:
     raise ConfigError(f"{message}; see ptv2 train --help.")
 
 
-def _split(argv: Sequence[str]) -> dict[str, list[str]]:
+def split_flags(argv: Sequence[str]) -> dict[str, list[str]]:
     """--name a b --flag --x=1 -> {"name": ["a", "b"], "flag": [], "x": ["1"]}"""
     flags: dict[str, list[str]] = {}
     current: list[str] | None = None
@@ -206,7 +206,8 @@ def _split(argv: Sequence[str]) -> dict[str, list[str]]:
     return flags
 
 
-def _translate(flags: dict[str, list[str]], notes: list[str]) -> dict[str, list[str]]:
+def translate(flags: dict[str, list[str]], notes: list[str]) -> dict[str, list[str]]:
+    """Published flags by our names; what has no effect here becomes a note."""
     out: dict[str, list[str]] = {}
     for name, values in flags.items():
         if name in SWITCHES and (not values or values[0].lower() in ("true", "false")):
