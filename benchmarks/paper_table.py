@@ -19,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,13 +54,13 @@ TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"title": "SST-2, accuracy", "metric": "accuracy", "read": lambda file: read_table(file).rows,
              "files": ("sst2/train.tsv", "sst2/test.tsv"), "sizes": (1200, 500), "epochs": 4, "flags": {"max_seq_length": "64"}},
     "mrpc": {"title": "MRPC, accuracy", "metric": "accuracy", "read": _pairs,
-             "files": ("mrpc/msr_paraphrase_train.txt", "mrpc/msr_paraphrase_test.txt"), "sizes": (600, 400), "epochs": 4,
+             "files": ("mrpc/msr_paraphrase_train.txt", "mrpc/msr_paraphrase_test.txt"), "sizes": (500, 400), "epochs": 3,
              "flags": {"text_columns": "sentence1 sentence2", "max_seq_length": "96"}},
     "conll2003": {"title": "CoNLL-2003 NER, F1", "metric": "f1", "read": lambda file: read_table(file).rows,
-                  "files": ("conll2003/train.txt", "conll2003/test.txt"), "sizes": (900, 400), "epochs": 5,
+                  "files": ("conll2003/train.txt", "conll2003/test.txt"), "sizes": (800, 400), "epochs": 5,
                   "flags": {"max_seq_length": "96"}},
     "squad": {"title": "SQuAD slice, F1", "metric": "f1", "read": _questions,
-              "files": ("squad2/train-slice.json", "squad2/dev-slice.json"), "sizes": (320, 120), "epochs": 4,
+              "files": ("squad2/train-slice.json", "squad2/dev-slice.json"), "sizes": (260, 120), "epochs": 4,
               "flags": {"max_seq_length": "192", "doc_stride": "64"}},
 }
 _PROMPT = {"learning_rate": "3e-2", "head_learning_rate": "5e-3"}
@@ -77,6 +78,7 @@ METHODS: dict[str, tuple[str, dict[str, str], float]] = {
 }
 COMMON = {"per_device_train_batch_size": "16", "per_device_eval_batch_size": "64", "eval_strategy": "no", "save_strategy": "no",
           "logging_steps": "100000", "dtype": "float32", "report_to": "none"}
+LOCKS: dict[int, threading.Lock] = {}
 SHARED_EPOCHS = "2"              # of MPT-2's first stage, over all tasks together
 
 
@@ -98,7 +100,10 @@ def data_flags(work: Path, name: str) -> dict[str, str]:
 def run(flags: dict[str, str], folder: Path, threads: int) -> dict[str, Any]:
     """`ptv2 train` in a process of its own; its results, or those of an earlier run with the same settings."""
     flags = COMMON | flags | {"model_name_or_path": str(encoder_folder()), "output_dir": str(folder)}
-    digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
+    # what the flags name counts too: the examples, and the settings of the shared prompt
+    named = [Path(value) for value in flags.values() if Path(value).is_file()] + [Path(flags.get("prompt_init", "")) / "settings.txt"]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in named if file.is_file()]
+    digest = hashlib.sha256(json.dumps([flags, contents], sort_keys=True).encode()).hexdigest()
     stamp, results = folder / "settings.txt", folder / "results.json"
     if not (stamp.is_file() and results.is_file() and stamp.read_text() == digest):
         command = [sys.executable, "-m", "ptv2_engine.cli", "train"]
@@ -115,7 +120,7 @@ def share_a_prompt(work: Path, seed: int, threads: int) -> Path:
     """MPT-2's first stage: one prompt over all tasks."""
     sets = {name: {k: v.split() if k == "text_columns" else int(v) if v.isdigit() else v
                    for k, v in data_flags(work, name).items() if k != "test_file"} for name in TASKS}
-    yaml = work / "tasks.yaml"
+    yaml = work / f"tasks-{seed}.yaml"
     yaml.write_text(json.dumps({"temperature": 2, "data_sets": sets}))
     flags = METHODS["mpt-2"][1] | {"multi_task": str(yaml), "num_train_epochs": SHARED_EPOCHS, "seed": str(seed)}
     folder = work / "shared" / f"seed-{seed}"
@@ -123,10 +128,18 @@ def share_a_prompt(work: Path, seed: int, threads: int) -> Path:
     return folder
 
 
+def _share_first(work: Path, seed: int, threads: int) -> None:
+    with LOCKS.setdefault(seed, threading.Lock()):
+        share_a_prompt(work, seed, threads)
+
+
 def measure(work: Path, name: str, method: str, seed: int, threads: int) -> dict[str, Any]:
-    """One cell: the test metric, trained parameters, seconds."""
+    """One cell: the test metric, trained parameters, seconds. MPT-2's come after their first stage."""
     task, (_, flags, share) = TASKS[name], METHODS[method]
-    extra = {"prompt_init": str(share_a_prompt(work, seed, threads))} if method == "mpt-2" else {}
+    extra: dict[str, str] = {}
+    if method == "mpt-2":
+        with LOCKS.setdefault(seed, threading.Lock()):
+            extra["prompt_init"] = str(share_a_prompt(work, seed, threads))
     found = run(data_flags(work, name) | flags | extra | {"num_train_epochs": f"{share * task['epochs']:g}", "seed": str(seed)},
                 work / name / method / f"seed-{seed}", threads)
     score = found["test"][f"test_{task['metric']}"]
@@ -136,14 +149,16 @@ def measure(work: Path, name: str, method: str, seed: int, threads: int) -> dict
 
 def run_all(args: argparse.Namespace) -> None:
     prepare(args.data, args.work)
-    seeds = list(range(1, args.seeds + 1))
-    if "mpt-2" in args.methods:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda seed: share_a_prompt(args.work, seed, args.threads), seeds))
-    cells = [(task, method, seed) for seed in seeds for task in args.tasks for method in args.methods]
+    # a seed's shared prompt is trained beside its first cells, so that its own cells, last, do not wait
+    cells = [(task, method, seed) for seed in range(1, args.seeds + 1) for method in sorted(args.methods, key="mpt-2".__eq__)
+             for task in args.tasks]
     with ThreadPoolExecutor(args.jobs) as pool:
-        made = list(pool.map(lambda cell: measure(args.work, *cell, args.threads), cells))
-    before = json.loads(args.results.read_text())["rows"] if args.results.is_file() else {}
+        futures = []
+        for i, cell in enumerate(cells):
+            if "mpt-2" in args.methods and (i == 0 or cell[2] != cells[i - 1][2]):
+                pool.submit(_share_first, args.work, cell[2], args.threads)
+            futures.append(pool.submit(measure, args.work, *cell, args.threads))
+        made = [future.result() for future in futures]
     rows = {f"{task} {method}": {k: [m[k] for c, m in zip(cells, made, strict=True) if c[:2] == (task, method)]
                                  for k in ("score", "parameters", "seconds")} for task, method, _ in cells}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
@@ -152,7 +167,7 @@ def run_all(args: argparse.Namespace) -> None:
               "commit": args.commit or commit,
               "command": f"python benchmarks/paper_table.py run --data FOLDER --seeds {args.seeds}",
               "settings": {"tasks": {n: {k: v for k, v in t.items() if k != "read"} for n, t in TASKS.items()},
-                           "methods": METHODS, "common": COMMON, "shared_epochs": SHARED_EPOCHS}, "rows": before | rows}
+                           "methods": METHODS, "common": COMMON, "shared_epochs": SHARED_EPOCHS}, "rows": rows}
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -171,7 +186,8 @@ def tables(record: dict[str, Any]) -> str:
 
     seeds = len(next(iter(rows.values()))["score"])
     size = ", ".join(f"{TASKS[t]['title'].split(',')[0]} {TASKS[t]['sizes'][0]} / {TASKS[t]['sizes'][1]}" for t in names)
-    spread = lambda r: f"{100 * statistics.mean(r['score']):.1f} ± {100 * statistics.stdev(r['score']):.1f}"
+    spread = lambda r: f"{100 * statistics.mean(r['score']):.1f}" + (
+        f" ± {100 * statistics.stdev(r['score']):.1f}" if len(r["score"]) > 1 else "")
     return "\n".join([
         f"{record['device']}, {record['jobs']} runs at a time on {record['threads']} thread each, {record['date']}, commit "
         f"{record['commit']}, torch {record['torch']}; `{record['command']}`. Mean and standard deviation of {seeds} seeds; "

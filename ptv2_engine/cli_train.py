@@ -23,6 +23,7 @@ from ptv2_engine.encoder.weights import check_placement
 from ptv2_engine.errors import ConfigError
 from ptv2_engine.lora import make_lora_model
 from ptv2_engine.memory import Setup
+from ptv2_engine.memory.setup import DTYPES
 from ptv2_engine.model import OUTPUTS, PromptedModel
 from ptv2_engine.progress import show_progress
 from ptv2_engine.tasks.base import Feature, Task, as_features, refuse_problems, settings_of
@@ -128,8 +129,9 @@ def check_arguments(model_args: ModelArguments) -> str:
     if model_args.model_name_or_path is None:
         raise ConfigError("no backbone; give --model_name_or_path HUB_ID_OR_FOLDER.")
     check_placement(model_args.frozen_dtype, model_args.stream_weights)
-    if model_args.memory not in MEMORY:
-        raise ConfigError(f"--memory {model_args.memory!r} does not exist; choose one of {', '.join(MEMORY)}.")
+    for name, value, known in (("memory", model_args.memory, MEMORY), ("dtype", model_args.dtype, (None, *DTYPES))):
+        if value not in known:
+            raise ConfigError(f"--{name} {value!r} does not exist; choose one of {', '.join(filter(None, known))}.")
     return model_args.model_name_or_path
 
 
@@ -140,12 +142,16 @@ def make_model(model_args: ModelArguments, prompt_args: PromptArguments, args: T
     options = task.model_options(tokenizer)
     if method.outside:
         refused = {"--head cloze": task.kind == "cloze", "--frozen_dtype": model_args.frozen_dtype is not None,
-                   "--stream_weights": model_args.stream_weights is not None, "--memory": model_args.memory != "exact"}
+                   "--stream_weights": model_args.stream_weights is not None, "--memory": model_args.memory != "exact",
+                   "--bf16 or --dtype": dtype not in (None, torch.float32)}
         if wrong := [flag for flag, given in refused.items() if given]:
             raise ConfigError(f"--method {method.name} is PEFT's on transformers' model, without {wrong[0]}; leave that out.")
-        return make_lora_model(source, task.model_task, options.get("num_labels"), options.get("id2label"),
-                               rank=prompt_args.lora_rank, alpha=prompt_args.lora_alpha, device=args.device,
-                               problem_type=options.get("problem_type"))
+        outside = make_lora_model(source, task.model_task, options.get("num_labels"), options.get("id2label"),
+                                  rank=prompt_args.lora_rank, alpha=prompt_args.lora_alpha, device=args.device,
+                                  problem_type=options.get("problem_type"))
+        if model_args.hidden_dropout_prob is not None:
+            outside.set_hidden_dropout(model_args.hidden_dropout_prob)
+        return outside
     prompt = prompt_args.prompt_config(tokenizer)
     frozen = method.backbone is None                  # what trains is not planned
     if model_args.plan_memory and frozen and (args.device.type == "cuda" or model_args.stream_weights):
