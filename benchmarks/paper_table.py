@@ -101,7 +101,7 @@ def run(flags: dict[str, str], folder: Path, threads: int) -> dict[str, Any]:
     """`ptv2 train` in a process of its own; its results, or those of an earlier run with the same settings."""
     flags = COMMON | flags | {"model_name_or_path": str(encoder_folder()), "output_dir": str(folder)}
     # what the flags name counts too: the examples, and the settings of the shared prompt
-    named = [Path(value) for value in flags.values() if Path(value).is_file()] + [Path(flags.get("prompt_init", "")) / "settings.txt"]
+    named = [Path(value) for value in (*flags.values(), f"{flags.get('prompt_init')}/settings.txt")]
     contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in named if file.is_file()]
     digest = hashlib.sha256(json.dumps([flags, contents], sort_keys=True).encode()).hexdigest()
     stamp, results = folder / "settings.txt", folder / "results.json"

@@ -126,10 +126,11 @@ def _render(rows: list[dict[str, Any]], form: str) -> str:
         return out.getvalue()
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*(rows[0] if rows else ["text"]))
-    for row in rows:
-        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()))
+    for row in rows:        # Text: brackets in a text are no markup
+        table.add_row(*(Text(f"{v:.4f}" if isinstance(v, float) else str(v)) for v in row.values()))
     Console(file=out, width=120).print(table)
     return out.getvalue()
 

@@ -12,11 +12,11 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from ptv2_engine.errors import ConfigError
-from ptv2_engine.methods import Method, prompt_init, resolve
+from ptv2_engine.methods import BY_NAME, Method, prompt_init, resolve
 from ptv2_engine.presets import flags_of, list_presets, load_preset, read_yaml
 from ptv2_engine.prompt import PromptConfig
 
-DEFAULTS = {"output_dir": "runs/ptv2", "learning_rate": "5e-3", "per_device_train_batch_size": "32",
+DEFAULTS = {"output_dir": "runs/ptv2", "per_device_train_batch_size": "32",
             "per_device_eval_batch_size": "64", "num_train_epochs": "10", "logging_steps": "10", "report_to": "none",
             "eval_strategy": "epoch", "save_strategy": "no", "disable_tqdm": "True"}
 
@@ -33,7 +33,7 @@ ALIASES = {
 }
 SWITCHES = {"prefix": ("method", "p-tuning-v2"), "prompt": ("method", "prompt-tuning"),
             "prefix_projection": ("reparameterization", "mlp"), "stream_weights": ("stream_weights", "host")}
-# flags of the published scripts that have no effect here, and whether a value follows
+# flags of the published scripts that have no effect here
 IGNORED = {"overwrite_output_dir", "overwrite_cache", "use_fast_tokenizer", "pad_to_max_length", "do_train", "use_auth_token",
            "cache_dir", "config_name", "version_2_with_negative"}
 
@@ -72,7 +72,8 @@ class DataArguments:
     validation_file: str | None = None
     test_file: str | None = None
     task: str | None = field(default=None, metadata={
-        "help": "sequence-classification, token-classification, question-answering or multiple-choice; default: by the columns"})
+        "help": "sequence-classification, token-classification, question-answering, multiple-choice or regression; default: by "
+        "the columns"})
     text_columns: list[str] | None = field(default=None, metadata={
         "help": "one or two columns; one with word lists for tagging; question and context for question answering"})
     label_column: str | None = field(default=None, metadata={"help": "default: label, labels, tags or answers"})
@@ -109,7 +110,7 @@ class PromptArguments:
         "bitfit, or lora (PEFT's)"})
     prompt_length: int = 20
     prompt_layers: str = field(default="all", metadata={"help": "all, a number k for the top k, or layers from 1 such as 17-24"})
-    reparameterization: str | None = field(default=None, metadata={"help": "mlp or lstm"})
+    reparameterization: str | None = field(default=None, metadata={"help": "mlp, lstm or none"})
     reparameterization_hidden: int = 512
     prompt_dropout: float = 0.1
     prompt_init: str = field(default="normal", metadata={
@@ -124,7 +125,8 @@ class PromptArguments:
 
     def resolved(self) -> Method:
         """The method by its name. Raises ConfigError."""
-        return resolve(self.method, self.reparameterization)
+        none = (self.reparameterization or "none").lower() == "none"
+        return resolve(self.method, None if none else self.reparameterization)
 
     def prompt_config(self, tokenizer: Any = None) -> PromptConfig:
         """tokenizer: for prompt_init 'text:...'. Raises ConfigError."""
@@ -150,17 +152,22 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
     notes: list[str] = []
     flags = translate(split_flags(argv), notes)
     file, preset = flags.pop("config", None), flags.pop("preset", None)
+    if file is not None:
+        path = _single("config", file, "FILE.yaml")
+        config = translate(flags_of(read_yaml(path, "--config"), f"--config {path}"), notes)
+        preset, flags = preset or config.pop("preset", None), config | flags
     merged: dict[str, list[str]] = {name: [value] for name, value in DEFAULTS.items()}
     if preset is not None:
-        if len(preset) != 1:
-            raise ConfigError(f"--preset takes one name, but got {len(preset)}; there are "
-                              f"{', '.join(name for name, _ in list_presets())}.")
-        merged |= translate(load_preset(preset[0]), notes)
-    if file is not None:
-        merged |= translate(flags_of(read_yaml(file[0], "--config"), f"--config {file[0]}"), notes)
+        name = _single("preset", preset, ", ".join(name for name, _ in list_presets()))
+        published = translate(load_preset(name), notes)
+        if {"train_file", "multi_task"} & set(flags):           # data of one's own with the preset's settings
+            published = {k: v for k, v in published.items() if k not in ("task_name", "dataset_name", "template_id")}
+        merged |= published
     merged |= flags
     if "lr_scheduler_type" in merged:
         merged.setdefault("epoch_decay", ["0"])
+    method = BY_NAME.get(merged.get("method", ["p-tuning-v2"])[0])
+    merged.setdefault("learning_rate", [str(method.learning_rate if method else 5e-3)])
     if not torch.cuda.is_available():
         merged.setdefault("use_cpu", ["True"])      # transformers refuses --bf16 without it
     known = set(known_flags())
@@ -178,6 +185,12 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
         raise
     except ValueError as error:      # TrainingArguments checks its own fields
         raise ConfigError(f"{str(error).splitlines()[0]}; see ptv2 train --help.") from error
+
+
+def _single(flag: str, values: list[str], what: str) -> str:
+    if len(values) != 1:
+        raise ConfigError(f"--{flag} takes one value, but got {len(values)}; give {what}.")
+    return values[0]
 
 
 def print_help() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ from ptv2_engine.encoder.checkpoints import model_config
 from ptv2_engine.errors import ConfigError, DataError
 from ptv2_engine.tasks.base import Task
 from ptv2_engine.tasks.check import Report, check
-from ptv2_engine.tasks.custom import MODEL_TASKS, normalised, task_for
-from ptv2_engine.tasks.data import Table, read_table
+from ptv2_engine.tasks.custom import TASKS
+from ptv2_engine.tasks.data import Table
 
 _MOST_LABELS = 20
 
@@ -36,7 +37,11 @@ def parser() -> argparse.ArgumentParser:
     add("validation_file", help="checked as well, and looked for in the first file")
     add("model_name_or_path", help="backbone: its tokenizer counts, its positions limit the prompt")
     add("tokenizer_name", help="a tokenizer alone")
-    add("task", choices=MODEL_TASKS, help="default: what the columns say")
+    add("task", choices=TASKS, help="default: what the columns say")
+    add("head", default="classifier", choices=["classifier", "cloze"])
+    add("pattern", help="cloze, own data: as of ptv2 train")
+    add("verbalizers", nargs="+")
+    add("pattern_id", type=int, default=0)
     add("text_columns", nargs="+")
     add("label_column")
     add("choice_columns", nargs="+")
@@ -63,7 +68,8 @@ def run(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv[1:])
     if args.max_seq_length < 3:
         raise ConfigError(f"--max_seq_length {args.max_seq_length} leaves no room for text; use 3 or more.")
-    table, validation, task = load(args)
+    tables, task = load(args)
+    table, validation = tables["train"], tables.get("validation")
     name = args.tokenizer_name or args.model_name_or_path
     tokenizer = None
     if name is not None:
@@ -81,25 +87,15 @@ def run(argv: Sequence[str]) -> None:
         raise DataError(f"{table.source}: {len(found.problems)} problems in {found.rows} rows; correct the file.")
 
 
-def load(args: argparse.Namespace) -> tuple[Table, Table | None, Task]:
-    """(table, validation table, task) of a file or of a data set by name. Raises ConfigError, DataError."""
-    if args.task_name or args.dataset_name:
-        if args.file or not (args.task_name and args.dataset_name):
-            raise ConfigError("--task_name and --dataset_name belong together, in place of a file; give both, or a file alone.")
-        from ptv2_engine.tasks.benchmarks import find_benchmark, load_benchmark
+def load(args: argparse.Namespace) -> tuple[dict[str, Table], Task]:
+    """Tables and task of a file or of a data set by name. Raises ConfigError, DataError."""
+    from ptv2_engine.cli_args import DataArguments
+    from ptv2_engine.cli_tables import read_data
 
-        benchmark = find_benchmark(args.task_name, args.dataset_name)
-        tables = load_benchmark(benchmark, args.data_dir, args.template_id)
-        return tables["train"], tables.get("validation"), benchmark.make(tables["train"], args.template_id)
-    if args.file is None:
+    if args.file is None and not args.dataset_name:
         raise ConfigError("which file? Write ptv2 data check FILE, or give --task_name and --dataset_name.")
-    if args.data_dir is not None:
-        raise ConfigError(f"--data_dir {args.data_dir} belongs to --task_name and --dataset_name; give them, or a file alone.")
-    table = normalised(read_table(args.file))
-    validation = None if args.validation_file is None else normalised(read_table(args.validation_file))
-    task = task_for(table, task=args.task, text_columns=args.text_columns, label_column=args.label_column,
-                    choice_columns=args.choice_columns, doc_stride=args.doc_stride)
-    return table, validation, task
+    names = {f.name for f in dataclasses.fields(DataArguments)} & set(vars(args))
+    return read_data(DataArguments(train_file=args.file, **{name: getattr(args, name) for name in names}))
 
 
 def positions_of(model: str) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from ptv2_engine.batches import PackedCollator
+from ptv2_engine.cli_tables import described
 from ptv2_engine.cli_train import SETTINGS, load_tokenizer
 from ptv2_engine.errors import ConfigError, DataError
 from ptv2_engine.lora import is_lora, load_lora_model
@@ -46,14 +48,14 @@ class Predictor:
             if (value := getattr(args, name)) is not None and value < 1:
                 raise ConfigError(f"--{name} {value} is below 1; use 1 or more.")
         model = _load_model(folder, args)
-        settings = _settings(folder, model)
+        settings = _settings(folder, model, args.max_seq_length)
         if args.text_columns:
             settings["task"] |= _columns(settings["task"]["kind"], args.text_columns)
         if args.max_seq_length:
             settings["max_seq_length"] = min(args.max_seq_length, model.max_length())
         has_own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         tokenizer_at = str(folder) if has_own else str(args.backbone or model.origin.location)
-        tokenizer = _own_tokenizer(folder) if has_own else load_tokenizer(tokenizer_at, settings["task"]["kind"] == TagTask.kind)
+        tokenizer = load_tokenizer(tokenizer_at, settings["task"]["kind"] == TagTask.kind)
         return cls(model, tokenizer, settings, args.batch_size)
 
     @torch.no_grad()
@@ -144,15 +146,30 @@ def _load_model(folder: Path, args: argparse.Namespace) -> Any:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if is_lora(folder):
+        placed = [name for name in ("dtype", "frozen_dtype", "stream_weights") if getattr(args, name) not in (None, "float32")]
+        if placed:
+            raise ConfigError(f"{folder} is a LoRA adapter, which runs on transformers' model in float32; leave --{placed[0]} "
+                              "out.")
         return load_lora_model(folder, source=args.backbone, device=device)
     placement = {"frozen_dtype": None if args.frozen_dtype == "none" else args.frozen_dtype} if args.frozen_dtype else {}
     return PromptedModel.from_adapter(folder, backbone=args.backbone, dtype=dtype, device=device,
                                       stream_weights=args.stream_weights, **placement)
 
 
-def _settings(folder: Path, model: Any) -> dict[str, Any]:
+def _settings_file(folder: Path) -> Path:
+    """Beside the adapter, or, for a checkpoint of a run, in the run's folder: OUT/checkpoint-3, OUT/checkpoint-3/DATA_SET."""
+    folder = folder.resolve()
+    places = [folder]
+    if folder.name.startswith("checkpoint-"):
+        places.append(folder.parent)
+    if folder.parent.name.startswith("checkpoint-"):
+        places.append(folder.parent.parent / folder.name)
+    return next((place / SETTINGS for place in places if (place / SETTINGS).is_file()), folder / SETTINGS)
+
+
+def _settings(folder: Path, model: Any, max_length: int | None) -> dict[str, Any]:
     """What training wrote beside the adapter, or defaults for one made in Python."""
-    file = folder / SETTINGS
+    file = _settings_file(folder)
     if file.is_file():
         found = json.loads(file.read_text())
         if "task" not in found:
@@ -170,10 +187,7 @@ def _settings(folder: Path, model: Any) -> dict[str, Any]:
     if model.task not in defaults:
         raise ConfigError(f"{folder} has no {SETTINGS}, which says how text becomes the features of task {model.task!r}; pass a "
                           "folder that ptv2 train wrote.")
-    return {"task": defaults[model.task], "max_seq_length": min(128, model.max_length())}
-
-
-def _own_tokenizer(folder: Path) -> Any:
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(str(folder))
+    found = {"task": defaults[model.task], "max_seq_length": min(max_length or 128, model.max_length())}
+    print(f"note: {folder} has no {SETTINGS}; taking {described(task_from(found['task']))}, {found['max_seq_length']} tokens",
+          file=sys.stderr)
+    return found

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from transformers import TrainingArguments
 
 from ptv2_engine.adapter import replace_file
 from ptv2_engine.cli_args import DataArguments, ModelArguments, PromptArguments
+from ptv2_engine.cli_tables import described, load_data
 from ptv2_engine.encoder.checkpoints import model_config
 from ptv2_engine.encoder.layer import MEMORY
 from ptv2_engine.encoder.weights import check_placement
@@ -26,81 +26,29 @@ from ptv2_engine.memory import Setup
 from ptv2_engine.memory.setup import DTYPES
 from ptv2_engine.model import OUTPUTS, PromptedModel
 from ptv2_engine.progress import show_progress
-from ptv2_engine.tasks.base import Feature, Task, as_features, refuse_problems, settings_of
-from ptv2_engine.tasks.benchmarks import find_benchmark, load_benchmark
-from ptv2_engine.tasks.cloze_task import ClozeTask
-from ptv2_engine.tasks.custom import normalised, task_for
-from ptv2_engine.tasks.data import Table, read_table
+from ptv2_engine.tasks.base import Feature, Task, as_features, settings_of
+from ptv2_engine.tasks.data import Table
 from ptv2_engine.tasks.glm_tokenizer import load_glm_tokenizer
 from ptv2_engine.trainer import Trainer, check_writable
 from ptv2_engine.trainer_memory import check_model_fits
 
+_log = logging.getLogger("ptv2_engine")
 SETTINGS = "ptv2_data.json"      # how text becomes features, beside the adapter, for evaluate and predict
-
-
-def load_data(data: DataArguments) -> tuple[dict[str, Table], Task]:
-    """Tables by split ("train" always there, then "validation", "test" and what a benchmark has more) and their task, checked.
-
-    Raises ConfigError, DataError: rows that are wrong are named by number.
-    """
-    cloze = cloze_settings(data)
-    task: Task | None = None if cloze is None else ClozeTask(cloze, data.label_column or "label")
-    if data.task_name or data.dataset_name:
-        if not (data.task_name and data.dataset_name):
-            raise ConfigError("--task_name and --dataset_name belong together; give both, or use --train_file.")
-        benchmark = find_benchmark(data.task_name, data.dataset_name)
-        if cloze is not None:                    # its patterns take the rows as they are published
-            benchmark = replace(benchmark, rows=None)
-        tables = load_benchmark(benchmark, data.data_dir, data.template_id)
-        task = task or benchmark.make(tables["train"], data.template_id)
-    else:
-        if data.train_file is None:
-            raise ConfigError("no training data; give --train_file FILE, or --task_name and --dataset_name.")
-        files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-        tables = {split: normalised(read_table(file)) for split, file in files.items() if file is not None}
-        task = task or task_for(
-            tables["train"], task=data.task, text_columns=data.text_columns, label_column=data.label_column,
-            choice_columns=data.choice_columns, doc_stride=data.doc_stride)
-    if isinstance(task, ClozeTask):
-        tables = {split: task.flat(table) for split, table in tables.items()}
-    if task.kind == "span":
-        task = replace(cast(Any, task), doc_stride=data.doc_stride, n_best_size=data.n_best_size,
-                       max_answer_length=data.max_answer_length, null_threshold=data.null_threshold)
-    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples}
-    for split, table in tables.items():
-        table.rows = table.rows[:limits.get(split, data.max_predict_samples)]
-        refuse_problems(task, table, labelled=task.has_labels(table) or split == "train")
-    return tables, task
-
-
-def cloze_settings(data: DataArguments) -> dict[str, Any] | None:
-    """What --head cloze asks for, as it is kept beside the adapter; None for a trained classifier. Raises ConfigError."""
-    if data.head not in ("classifier", "cloze"):
-        raise ConfigError(f"--head {data.head!r} does not exist; choose classifier or cloze.")
-    if data.head == "classifier":
-        if data.pattern or data.verbalizers:
-            raise ConfigError("--pattern and --verbalizers belong to --head cloze; add it, or leave them out.")
-        return None
-    if data.pattern or data.verbalizers:
-        return {"template": data.pattern or "", "verbalizers": data.verbalizers or []}
-    if not data.dataset_name:
-        raise ConfigError("--head cloze on files of your own needs --pattern '... {mask} ...' and --verbalizers 'label= word' "
-                          "...")
-    return {"name": data.dataset_name, "pattern_id": data.pattern_id}
 
 
 def load_tokenizer(name: str, for_words: bool) -> Any:
     """AutoTokenizer, or GLM's own. for_words: one that takes words split already as those of a text. Raises ConfigError."""
     try:
-        if Path(name).is_dir() and model_config(name).get("model_type") == "glm":
+        if Path(name).is_dir() and (Path(name) / "config.json").is_file() and model_config(name).get("model_type") == "glm":
             tokenizer = load_glm_tokenizer(name)
-        else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            if for_words:
+                tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True      # kept in its tokenizer.json
+            return tokenizer
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if for_words and _glues_words(tokenizer):        # byte-level BPE: a word without a space in front is another token
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, add_prefix_space=True)
         if for_words and _glues_words(tokenizer):
-            with contextlib.suppress(AttributeError):            # byte-level BPE: a word without a space is another token
-                tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
-            if _glues_words(tokenizer):
-                tokenizer = transformers.AutoTokenizer.from_pretrained(name, add_prefix_space=True)
+            _log.warning("the tokenizer of %s reads words that are split already differently from those of a text", name)
         return tokenizer
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -143,7 +91,8 @@ def make_model(model_args: ModelArguments, prompt_args: PromptArguments, args: T
     if method.outside:
         refused = {"--head cloze": task.kind == "cloze", "--frozen_dtype": model_args.frozen_dtype is not None,
                    "--stream_weights": model_args.stream_weights is not None, "--memory": model_args.memory != "exact",
-                   "--bf16 or --dtype": dtype not in (None, torch.float32)}
+                   "--bf16 or --dtype": dtype not in (None, torch.float32), "--pooler": model_args.pooler != "auto",
+                   "--shift_positions": not model_args.shift_positions, "--auto_batch": model_args.auto_batch}
         if wrong := [flag for flag, given in refused.items() if given]:
             raise ConfigError(f"--method {method.name} is PEFT's on transformers' model, without {wrong[0]}; leave that out.")
         outside = make_lora_model(source, task.model_task, options.get("num_labels"), options.get("id2label"),
@@ -195,8 +144,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     tokenizer = load_tokenizer(model_args.tokenizer_name or source, task.kind == "tags")
     model = make_model(model_args, prompt_args, args, task, tokenizer)
     max_length = text_length(data_args, prompt_args.prompt_length, model)
-    features = {split: task.features(table, tokenizer, max_length, training=split == "train")
-                for split, table in tables.items() if split == "train" or task.has_labels(table)}
+    scored = [split for split, table in tables.items() if split == "train" or task.has_labels(table)]
+    features = {split: task.features(tables[split], tokenizer, max_length, training=split == "train") for split in scored}
+    check_trainer_flags(args, task)
+    write_settings(output, task, max_length, data_args)            # before training: its checkpoints need it
     validates = "validation" in features
     if not validates:
         args.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
@@ -210,13 +161,15 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
                       head_learning_rate=prompt_args.head_learning_rate, epoch_decay=decay_of(prompt_args, task),
                       auto_batch=model_args.auto_batch, plan_memory=model_args.plan_memory)
     show_progress(trainer, data_args.dataset_name or Path(tables["train"].source).stem)
+    print(f"task: {described(task)}")
+    for split in (s for s in tables if s not in scored):
+        print(f"{split}: {len(tables[split])} rows without labels, which are not scored")
     model.print_trainable_parameters()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.perf_counter() - started
 
     trainer.save_model()
-    write_settings(output, task, max_length, data_args)
     results: dict[str, Any] = {"output_dir": args.output_dir, "method": method.name, "metric": task.best,
                "trained_parameters": trained_parameters(model), "seconds": round(seconds, 2)}
     results |= evaluations(trainer.state.log_history, f"eval_{task.best}")
@@ -224,6 +177,15 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
         results[split] = predict_split(trainer, task, tables[split], features[split], split)
     replace_file(output / "results.json", json.dumps(results, indent=2).encode())
     return results
+
+
+def check_trainer_flags(args: TrainingArguments, task: Task) -> None:
+    """Raises ConfigError for flags of transformers' Trainer that would compute something else than they say."""
+    if args.label_smoothing_factor and task.kind in ("choice", "cloze", "span"):
+        raise ConfigError(f"--label_smoothing_factor {args.label_smoothing_factor} smooths over classes, but {task.model_task} "
+                          "has none that all rows share; leave it out.")
+    if args.batch_eval_metrics:
+        raise ConfigError("--batch_eval_metrics scores batch by batch, but these metrics need a whole table; leave it out.")
 
 
 def picks(task: Task) -> bool:

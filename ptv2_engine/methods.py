@@ -27,27 +27,29 @@ from ptv2_engine.prompt import REPARAMETERIZATIONS
 @dataclass(frozen=True)
 class Method:
     """prompt_method, reparameterization: PromptConfig's. backbone: PromptedModel's trained_backbone. outside: no PromptedModel at
-    all, but another package's model."""
+    all, but another package's model. learning_rate: to start from."""
 
     name: str
     prompt_method: str
     reparameterization: str | None = None
     backbone: str | None = None
     outside: bool = False
+    learning_rate: float = 5e-3
 
 
-_METHODS = {m.name: m for m in (
-    Method("p-tuning-v2", "deep"), Method("prompt-tuning", "shallow"), Method("p-tuning", "shallow", "lstm"),
-    Method("head-only", "none"), Method("fine-tuning", "none", backbone="all"), Method("bitfit", "none", backbone="bias"),
-    Method("lora", "none", outside=True), *(Method(name, name) for name in PROMPT_METHODS))}
-METHODS = tuple(_METHODS)
+BY_NAME = {m.name: m for m in (
+    Method("p-tuning-v2", "deep"), Method("prompt-tuning", "shallow"), Method("p-tuning", "shallow", "lstm", learning_rate=1e-3),
+    Method("head-only", "none"), Method("fine-tuning", "none", backbone="all", learning_rate=2e-5),
+    Method("bitfit", "none", backbone="bias", learning_rate=1e-3), Method("lora", "none", outside=True, learning_rate=3e-4),
+    *(Method(name, name) for name in PROMPT_METHODS))}
+METHODS = tuple(BY_NAME)
 
 
 def resolve(method: str, reparameterization: str | None = None) -> Method:
     """The settings of a method; reparameterization None: the method's own. Raises ConfigError for what does not exist or fit."""
-    if method not in _METHODS:
+    if method not in BY_NAME:
         raise ConfigError(f"method {method!r} does not exist; choose one of {', '.join(METHODS)}.")
-    found = _METHODS[method]
+    found = BY_NAME[method]
     if reparameterization is None:
         return found
     if reparameterization not in REPARAMETERIZATIONS:

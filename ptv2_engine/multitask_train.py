@@ -24,15 +24,16 @@ from typing import Any, cast
 
 import transformers
 from torch import nn
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from ptv2_engine.adapter import replace_file
 from ptv2_engine.batches import PackedCollator
 from ptv2_engine.cli_args import DataArguments, ModelArguments, PromptArguments
+from ptv2_engine.cli_tables import described, load_data, own_flags
 from ptv2_engine.cli_train import (
     best_candidate,
     check_arguments,
-    load_data,
+    check_trainer_flags,
     load_tokenizer,
     make_model,
     picks,
@@ -41,8 +42,10 @@ from ptv2_engine.cli_train import (
     write_settings,
 )
 from ptv2_engine.errors import ConfigError
+from ptv2_engine.masked_lm import load_masked_lm_head
+from ptv2_engine.model import CLOZE_FAMILIES
 from ptv2_engine.multitask import MultiTaskBatchSampler, MultiTaskCollator, MultiTaskModel
-from ptv2_engine.presets import read_yaml
+from ptv2_engine.presets import flags_of, read_yaml
 from ptv2_engine.progress import show_progress
 from ptv2_engine.tasks.base import Feature, Task, as_features
 from ptv2_engine.tasks.data import Table
@@ -107,25 +110,40 @@ class MultiTaskTrainer(Trainer):
         data_set = self.sets[d]
         rows = [f | {"data_set": d} for f in as_features(data_set.features[split])]
         self.compute_metrics = data_set.task.metrics(data_set.tables[split], data_set.features[split])
+        self._eval_dataloaders: dict[str, Any] = {}          # transformers keeps one for all where workers persist
         self.label_names = ["start_positions", "end_positions"] if data_set.task.kind == "span" else ["labels"]
         self.preprocess_logits_for_metrics = best_candidate if picks(data_set.task) else None
         return super().evaluate(cast(Any, rows), metric_key_prefix=prefix)
 
 
-def read_data_sets(path: str) -> tuple[dict[str, DataArguments], float, bool]:
-    """The file's data sets, temperature and mix. Raises ConfigError naming a key that does not exist."""
+def read_data_sets(path: str, common: DataArguments) -> tuple[dict[str, DataArguments], float, bool]:
+    """The file's data sets, temperature and mix; common: the command line's data flags, which a set may overwrite. Raises
+    ConfigError naming a key that does not exist."""
     loaded = read_yaml(path, "--multi_task")
     _known(loaded, ("data_sets", "temperature", "mix"), f"--multi_task {path}")
     sets, temperature, mix = loaded.get("data_sets"), loaded.get("temperature", 1.0), loaded.get("mix", False)
+    where = f"--multi_task {path}"
     if not isinstance(sets, dict) or not sets or not all(isinstance(s, dict) for s in sets.values()):
         raise ConfigError(f"--multi_task {path} needs data_sets: a name for each, and its data flags, such as "
                           "'rte: {task_name: superglue, dataset_name: rte}'.")
     if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or not isinstance(mix, bool):
         raise ConfigError(f"--multi_task {path}: temperature {temperature!r} must be a number and mix {mix!r} true or false.")
-    flags = [f.name for f in dataclasses.fields(DataArguments)]
-    for name, values in sets.items():
-        _known(values, flags, f"--multi_task {path}, data set {name}")
-    return {str(name): DataArguments(**values) for name, values in sets.items()}, float(temperature), mix
+    made = {str(name): _arguments(values, common, f"{where}, data set {name}") for name, values in sets.items()}
+    return made, float(temperature), mix
+
+
+def _arguments(values: dict[str, Any], common: DataArguments, where: str) -> DataArguments:
+    """A data set's flags, over those of the command line. Raises ConfigError for an unknown one or a value of another kind."""
+    _known(values, [f.name for f in dataclasses.fields(DataArguments) if f.name != "multi_task"], where)
+    parser: Any = HfArgumentParser(cast(Any, DataArguments), allow_abbrev=False)
+    parser.error = lambda message: _refuse(f"{where}: {message}")
+    words = [word for name, given in flags_of(values, where).items() for word in (f"--{name}", *given)]
+    (own,) = parser.parse_args_into_dataclasses(words)
+    return dataclasses.replace(common, multi_task=None, **{name: getattr(own, name) for name in values})
+
+
+def _refuse(message: str) -> None:
+    raise ConfigError(f"{message}; correct the file.")
 
 
 def _known(given: dict[str, Any], names: Any, where: str) -> None:
@@ -144,24 +162,35 @@ def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_
     if method.outside:
         raise ConfigError(f"--multi_task shares a prompt or a backbone of this package, but --method {method.name} is PEFT's; "
                           "choose another method.")
-    if data_args.train_file or data_args.dataset_name:
-        raise ConfigError("--multi_task names the data sets in its file; leave --train_file and --dataset_name out.")
-    arguments, temperature, mix = read_data_sets(data_args.multi_task)
+    if given := own_flags(data_args):
+        raise ConfigError(f"--multi_task names the data sets in its file; leave --{given[0]} out, or put it there.")
+    if model_args.auto_batch:
+        raise ConfigError("--auto_batch cannot plan batches of several data sets; leave it out of a run with --multi_task.")
+    arguments, temperature, mix = read_data_sets(data_args.multi_task, data_args)
     sets = [DataSet(name, own, *load_data(own)) for name, own in arguments.items()]
     if mix and (cloze := [s.name for s in sets if s.task.kind == "cloze"]):
         raise ConfigError(f"mix: true cannot hold the cloze task {cloze[0]}; set mix: false.")
     output = Path(args.output_dir or ".")
     check_writable(output)
     transformers.set_seed(args.seed)
-    tokenizer = load_tokenizer(model_args.tokenizer_name or source, any(s.task.kind == "tags" for s in sets))
+    name = model_args.tokenizer_name or source
+    tokenizer, of_words = load_tokenizer(name, False), load_tokenizer(name, True)
     first = make_model(model_args, prompt_args, args, sets[0].task, tokenizer)
     others = {s.name: {"task": s.task.model_task, "pooler": model_args.pooler} | s.task.model_options(tokenizer)
               for s in sets[1:]}
+    for s in sets[1:]:
+        if s.task.kind == "cloze" and first.encoder.config.family not in CLOZE_FAMILIES:
+            others[s.name]["masked_lm"] = load_masked_lm_head(source, dtype=first.dtype, device=first.device)
     model = MultiTaskModel.from_first(sets[0].name, first, others)
     if model_args.hidden_dropout_prob is not None:
         model.set_hidden_dropout(model_args.hidden_dropout_prob)
     for data_set in sets:
-        data_set.tokenise(tokenizer, prompt_args.prompt_length, model)
+        check_trainer_flags(args, data_set.task)
+        own = of_words if data_set.task.kind == "tags" else tokenizer
+        data_set.tokenise(own, prompt_args.prompt_length, model)
+        (output / data_set.name).mkdir(parents=True, exist_ok=True)
+        write_settings(output / data_set.name, data_set.task, data_set.max_length, data_set.arguments)
+        own.save_pretrained(output / data_set.name)
     if not any("validation" in s.features for s in sets):
         args.eval_strategy, args.do_eval = transformers.trainer_utils.IntervalStrategy.NO, False
     if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
@@ -169,6 +198,8 @@ def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_
     trainer = MultiTaskTrainer(model, args, sets, temperature=temperature, mix=mix, processing_class=tokenizer,
                                head_learning_rate=prompt_args.head_learning_rate, epoch_decay=prompt_args.epoch_decay or None)
     show_progress(trainer, ", ".join(model.names))
+    for data_set in sets:
+        print(f"{data_set.name}: {described(data_set.task)}, {len(data_set.features['train'])} examples")
     model.print_trainable_parameters()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -177,8 +208,6 @@ def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_
         "seconds": round(time.perf_counter() - started, 2), "data_sets": {}}
     trainer.save_model()
     for d, data_set in enumerate(sets):
-        write_settings(output / data_set.name, data_set.task, data_set.max_length, data_set.arguments)
-        tokenizer.save_pretrained(output / data_set.name)
         scores = {split: trainer.score(d, split, split) for split in data_set.features if split != "train"}
         results["data_sets"][data_set.name] = {"metric": data_set.task.best} | scores
     replace_file(output / "results.json", json.dumps(results, indent=2).encode())

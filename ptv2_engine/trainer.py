@@ -51,8 +51,8 @@ class Trainer(transformers.Trainer):
         model: a PromptedModel, or a transformers model (bare or with a classification head) that is wrapped with `prompt`.
         prompt: PromptConfig for wrapping. task: for wrapping, default from the model's class.
         head_learning_rate: of the head, default the prompt's.
-        epoch_decay: multiply the learning rate by this after every epoch instead of the linear decay (0.95 is the published
-            setting for tagging and question answering).
+        epoch_decay: multiply the learning rate by this after every epoch, behind a warm-up if args ask for one, instead of the
+            linear decay (0.95 is the published setting for tagging and question answering).
         plan_memory: plan the largest batch before training, and refuse one that does not fit.
         auto_batch: lower per_device_train_batch_size to what fits and accumulate gradients over as many more micro-batches.
     A step that runs out of memory all the same is redone in two halves, and so are the steps after it.
@@ -180,14 +180,22 @@ class Trainer(transformers.Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """args.lr_scheduler_type, or with epoch_decay the published exponential decay stepped once an epoch."""
+        """args.lr_scheduler_type, or with epoch_decay the published exponential decay stepped once an epoch, behind a linear
+        warm-up if one is asked for."""
         if self.epoch_decay is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        steps = max(math.ceil(num_training_steps / max(self.args.num_train_epochs, 1)), 1)
+        steps, warmup = self._steps_an_epoch(num_training_steps), self.args.get_warmup_steps(num_training_steps)
         decay, over = self.epoch_decay, optimizer or self.optimizer
         assert over is not None
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(over, lambda step: decay ** (step // steps))
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            over, lambda step: min(1.0, step / max(warmup, 1) if warmup else 1.0) * decay ** (step // steps))
         return self.lr_scheduler
+
+    def _steps_an_epoch(self, num_training_steps: int) -> int:
+        if self.args.max_steps > 0 and hasattr(self.train_dataset, "__len__"):          # then num_train_epochs says nothing
+            batches = len(self.get_train_dataloader())
+            return max(-(-batches // self.args.gradient_accumulation_steps), 1)
+        return max(math.ceil(num_training_steps / max(self.args.num_train_epochs, 1)), 1)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Tensor | int | None = None) -> Any:

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # from the top down; a module may import its own level only where ALLOWED says so
 LEVELS = [("cli", "demo"), ("cli_predict", "cli_memory", "cli_data", "ablate", "multitask_train"),
-          ("cli_train", "ablate_grid", "ablate_figures"), ("cli_args", "progress", "info"), ("trainer", "lora", "multitask"),
+          ("cli_train", "ablate_grid", "ablate_figures"), ("cli_tables",),
+          ("cli_args", "progress", "info"), ("trainer", "lora", "multitask"),
           ("trainer_memory",), ("memory",), ("model", "adapter_import", "tasks"), ("adapter", "methods", "outputs"),
           ("prompt", "heads", "masked_lm", "cloze", "optim", "hf_config", "presets"), ("encoder", "batches"), ("packing",),
           ("ops", "testing"), ("_native", "kernels"), ("build_info", "errors")]

@@ -157,6 +157,15 @@ def test_epoch_decay_is_the_published_schedule(tmp_path):
     np.testing.assert_allclose(rates, [1e-2 * 0.95 ** (i // 6) for i in range(18)], rtol=1e-6)
 
 
+def test_epoch_decay_counts_real_epochs_and_warms_up(tmp_path):
+    """With max_steps an epoch is still the data set's, and a warm-up is not forgotten."""
+    args = arguments(tmp_path, max_steps=14, gradient_accumulation_steps=2, warmup_steps=2)
+    trainer = Trainer(model_for(), args, train_dataset=examples(), epoch_decay=0.5)
+    trainer.train()
+    rates = [e["learning_rate"] for e in trainer.state.log_history if "loss" in e]
+    np.testing.assert_allclose(rates, [1e-2 * min(1, i / 2) * 0.5 ** (i // 3) for i in range(14)], rtol=1e-6)
+
+
 def test_bf16_casts_the_backbone_and_keeps_prompt_and_head_in_fp32(tmp_path):
     trainer = Trainer(model_for(), arguments(tmp_path, bf16=True), train_dataset=examples(), eval_dataset=examples())
     trainer.train()

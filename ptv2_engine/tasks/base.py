@@ -45,6 +45,14 @@ class Task:
         their context. Row 0 is the whole file."""
         raise NotImplementedError
 
+    def training_problems(self, table: Table) -> Iterator[tuple[int, str]]:
+        """What is wrong with a training table alone, beside `problems`: that there is nothing to learn."""
+        return iter(())
+
+    def first_rows(self, table: Table, limit: int | None) -> list[dict[str, Any]]:
+        """The first `limit` rows (None: all)."""
+        return table.rows[:limit]
+
     def has_labels(self, table: Table) -> bool:
         """Whether a table can be scored: some label is there. A published test set often has none, or only -1."""
         column = str(getattr(self, "answers_column", None) or getattr(self, "label_column", "label"))
@@ -118,9 +126,9 @@ def settings_of(task: Task) -> dict[str, Any]:
     return {"kind": task.kind} | task.settings()
 
 
-def refuse_problems(task: Task, table: Table, labelled: bool = True, shown: int = 5) -> None:
+def refuse_problems(task: Task, table: Table, labelled: bool = True, training: bool = False, shown: int = 5) -> None:
     """Raises DataError with the first few problems of a table by row number, and how many there are."""
-    found = list(task.problems(table, labelled))
+    found = list(task.problems(table, labelled)) or (list(task.training_problems(table)) if training else [])
     if found:
         lines = "; ".join(what if not row else f"row {row}: {what}" for row, what in found[:shown])
         more = f"; and {len(found) - shown} more" if len(found) > shown else ""

@@ -99,6 +99,8 @@ def check(table: Table, task: Task, tokenizer: Any = None, max_seq_length: int =
     if validation is not None:
         found.problems += [Problem(validation.source, row, what) for row, what in
                            task.problems(validation, label in validation.columns)]
+    if labelled and not found.problems:
+        found.problems = [Problem(table.source, row, what) for row, what in task.training_problems(table)]
     bad = {problem.row for problem in found.problems if problem.source == table.source}
     numbers = [i for i in range(len(table)) if i + 1 not in bad]
     good = Table([table.rows[i] for i in numbers], table.source)

@@ -121,11 +121,11 @@ def encode_texts(texts: Iterable[str], tokenizer: Any) -> dict[str, list[int]]:
     return dict(zip(different, made["input_ids"], strict=True))
 
 
-def cloze_features(examples: Sequence[Example], tokenizer: Any, max_length: int, *, with_eop: bool = True, labelled: bool = True,
+def cloze_features(examples: Sequence[Example], tokenizer: Any, max_length: int, *, labelled: bool = True,
                    source: str = "the file") -> list[dict[str, Any]]:
     """Features of examples, plain lists.
 
-    max_length: of everything that a row brings, with all its candidates. with_eop: candidates end with <eop>, as published.
+    max_length: of everything that a row brings, with all its candidates.
     Returns:
         input_ids, row, labels where they are known and asked for; for GLM causal_from (tokens of part A), position_ids (two
         lists), and for candidates candidate_ids (-1 in part A) and target_ids (-100 in part A): what packing.with_parts and the
@@ -141,7 +141,7 @@ def cloze_features(examples: Sequence[Example], tokenizer: Any, max_length: int,
         raise ConfigError("this tokenizer has no mask token, so no blank can be filled; use a classifier head.")
     texts = (text for e in examples for text in (*e.parts, *(e.answers or ())) if isinstance(text, str))
     ids = encode_texts(texts, tokenizer)
-    end = [tokenizer.convert_tokens_to_ids(EOP)] if with_eop else []
+    end = [tokenizer.convert_tokens_to_ids(EOP)]
     found = []
     for example in examples:
         targets = None if example.answers is None else [ids[answer] + end for answer in example.answers]
@@ -155,12 +155,11 @@ def cloze_features(examples: Sequence[Example], tokenizer: Any, max_length: int,
 
 
 def cloze_rows(rows: Iterable[Row], pattern: Pattern, tokenizer: Any, max_length: int, *, training: bool = False,
-               labelled: bool = True, label_column: str = "label", source: str = "the file",
-               with_eop: bool = True) -> list[dict[str, Any]]:
+               labelled: bool = True, label_column: str = "label", source: str = "the file") -> list[dict[str, Any]]:
     """Features of a table's rows, official nested ones too. Raises DataError naming the row (from 1)."""
     examples = examples_of(flat_rows(rows, pattern, source), pattern, label_column, training=training, labelled=labelled,
                            source=source)
-    return cloze_features(examples, tokenizer, max_length, with_eop=with_eop, labelled=labelled, source=source)
+    return cloze_features(examples, tokenizer, max_length, labelled=labelled, source=source)
 
 
 def flat_rows(rows: Iterable[Row], pattern: Pattern, source: str = "the file") -> list[Any]:

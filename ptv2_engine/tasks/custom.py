@@ -21,8 +21,10 @@ from ptv2_engine.tasks.spans import SpanTask
 from ptv2_engine.tasks.tags import TagTask
 
 MODEL_TASKS = ("sequence-classification", "token-classification", "question-answering", "multiple-choice")
+TASKS = (*MODEL_TASKS, "regression")          # what --task takes: regression is sequence classification with one output
 _LABELS = ("label", "labels", "tags", "ner_tags", "answer", "target")
-_TEXTS = ("text", "sentence", "words", "tokens")
+_WORDS = ("words", "tokens")
+_IDS = ("id", "idx", "index", "guid", "uid", "uuid")
 _CHOICE = re.compile(r"(choice|option|ending|alternative)s?_?[0-9]*|sol[0-9]", re.IGNORECASE)
 
 
@@ -52,13 +54,13 @@ def task_for(table: Table, *, task: str | None = None, text_columns: Sequence[st
     """The task of a training table (after `normalised`).
 
     Arguments:
-        task: one of MODEL_TASKS; default from the columns. text_columns, label_column, choice_columns: default the usual names.
+        task: one of TASKS; default from the columns. text_columns, label_column, choice_columns: default the usual names.
         doc_stride, span_options: of SpanTask.
     Raises:
         ConfigError, DataError: a task there is not, or columns that cannot be told apart.
     """
-    if task is not None and task not in MODEL_TASKS:
-        raise ConfigError(f"--task {task!r} does not exist; choose one of {', '.join(MODEL_TASKS)}.")
+    if task is not None and task not in TASKS:
+        raise ConfigError(f"--task {task!r} does not exist; choose one of {', '.join(TASKS)}.")
     kind = task or infer_task(table, label_column)
     if kind == "question-answering":
         return _spans(table, text_columns, label_column, doc_stride, span_options)
@@ -68,19 +70,21 @@ def task_for(table: Table, *, task: str | None = None, text_columns: Sequence[st
         if not choices:
             raise DataError(f"{table.source}: which of the columns {', '.join(table.columns)} hold the choices? Give "
                             "--choice_columns FIRST SECOND ..., or one with lists.")
-        texts = list(text_columns or _texts(table, {label, *choices}, most=2))
+        texts = list(text_columns or _texts(table, {label, *choices}))
         _need(table, (*texts, *choices, label))
         return ChoiceTask(texts, choices, label)
     if kind == "token-classification":
         predicate = "predicate" if "predicate" in table.columns else None
-        words = list(text_columns or _texts(table, {label, "predicate"}, most=1))
+        words = list(text_columns or _words(table, {label, "predicate"}))
         _need(table, (words[0], label))
         return TagTask.infer(table, words[0], label, predicate)
-    texts = list(text_columns or _texts(table, {label}, most=2))
+    texts = list(text_columns or _texts(table, {label}))
     _need(table, (*texts, label))
     labels = Labels.infer([v for v in table.column(label) if v is not None], table.source)
     if labels.kind == "tags":
         raise DataError(f"{table.source}: the column {label!r} holds lists, one label a word; use --task token-classification.")
+    if kind == "regression":
+        return SequenceTask(texts, label, "values", [], best="pearson")
     return SequenceTask(texts, label, labels.kind, labels.names, best="pearson" if labels.kind == "values" else "accuracy")
 
 
@@ -106,14 +110,30 @@ def _choices(table: Table) -> list[str]:
     return found
 
 
-def _texts(table: Table, others: set[str], most: int) -> list[str]:
-    columns = [c for c in table.columns if c not in others]
-    likely = [c for c in columns if c in _TEXTS]
-    guess = likely[:1] or (columns if 1 <= len(columns) <= most else [])
-    if not guess:
-        wanted = "ONE [TWO]" if most > 1 else "ONE"
-        raise DataError(f"{table.source}: which of the columns {', '.join(columns)} hold the text? Give --text_columns {wanted}.")
-    return guess
+def _texts(table: Table, others: set[str]) -> list[str]:
+    """One or two columns of text; a number or an id is none. Raises DataError where more could be meant."""
+    columns = [c for c in table.columns if c not in others and c.lower() not in _IDS and _is_text(table, c)]
+    if not 1 <= len(columns) <= 2:
+        there = [c for c in table.columns if c not in others]
+        raise DataError(f"{table.source}: which of the columns {', '.join(there)} hold the text? Give --text_columns ONE [TWO].")
+    return columns
+
+
+def _words(table: Table, others: set[str]) -> list[str]:
+    """The column with lists of words."""
+    columns = [c for c in table.columns if c not in others and isinstance(table.rows[0][c], (list, tuple))]
+    likely = [c for c in columns if c in _WORDS]
+    if not likely and len(columns) != 1:
+        there = ", ".join(c for c in table.columns if c not in others)
+        raise DataError(f"{table.source}: which of the columns {there} holds the lists of words? Give --text_columns ONE.")
+    return (likely or columns)[:1]
+
+
+def _is_text(table: Table, column: str) -> bool:
+    """Strings that are not all numbers."""
+    values = [row[column] for row in table.rows[:100] if row.get(column) is not None]
+    numbers = all(str(v).strip().lstrip("-").replace(".", "", 1).isdigit() for v in values)
+    return all(isinstance(v, str) for v in values) and not numbers
 
 
 def _need(table: Table, names: Sequence[str]) -> None:

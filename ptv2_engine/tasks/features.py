@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 from ptv2_engine.errors import DataError, LabelError
-from ptv2_engine.packing import IGNORE
 from ptv2_engine.tasks.data import Table
 
 
@@ -140,26 +139,4 @@ def encode_sequences(table: Table, tokenizer: Any, text_columns: Sequence[str], 
     if label_column is not None and labels is not None:
         for number, (feature, value) in enumerate(zip(features, table.column(label_column), strict=True), 1):
             feature["labels"] = labels.encode(value, f"{table.source} row {number}")
-    return features
-
-
-def encode_tokens(table: Table, tokenizer: Any, words_column: str, max_length: int, label_column: str | None = None,
-                  labels: Labels | None = None) -> list[dict[str, Any]]:
-    """Features of sentences split into words: the first sub-word carries the word's label, the others -100."""
-    features = []
-    tags = table.column(label_column) if label_column is not None and labels is not None else [None] * len(table)
-    for words, row_tags in zip(table.column(words_column), tags, strict=True):
-        if row_tags is not None and len(words) != len(row_tags):
-            raise DataError(
-                f"{table.source}: a sentence has {len(words)} words but {len(row_tags)} labels; give one label a word."
-            )
-        encoded = tokenizer(list(words), is_split_into_words=True, truncation=True, max_length=max_length)
-        feature = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
-        word_ids = encoded.word_ids()
-        feature["word_ids"] = word_ids
-        if row_tags is not None and labels is not None:
-            numbers = labels.encode(row_tags, table.source)
-            firsts = [w is not None and (i == 0 or w != word_ids[i - 1]) for i, w in enumerate(word_ids)]
-            feature["labels"] = [numbers[w] if first else IGNORE for w, first in zip(word_ids, firsts, strict=True)]
-        features.append(feature)
     return features

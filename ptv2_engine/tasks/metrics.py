@@ -1,6 +1,6 @@
 """What is counted: accuracy and F1, correlation, MultiRC's and ReCoRD's scores by question, entity F1. All from 0 to 1 (-1 to 1).
 
-The functions take arrays; `metrics_for` makes one a compute_metrics function for transformers' Trainer.
+The functions take arrays. Tasks choose among them; `metrics_for` makes a compute_metrics function for a Trainer in Python.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from ptv2_engine.packing import IGNORE
 
 
 def metrics_for(kind: str, names: list[str], extra: tuple[str, ...] = ()) -> Callable[[Any], dict[str, float]]:
-    """The metric function of a label kind ("classes", "values", "tags", "candidates"); extra: "f1", "f1_macro", "matthews".
-
-    candidates: predictions are the index of each row's best candidate, not scores.
-    """
-    if kind == "candidates":
-        return lambda prediction: {"accuracy": float(np.equal(*_arrays(prediction)).mean())}
+    """The metric function of a label kind ("classes", "values", "tags"); extra: "f1", "f1_macro", "matthews"."""
     if kind == "tags":
         return lambda prediction: entity_scores(*_arrays(prediction), names)
     if kind == "values":

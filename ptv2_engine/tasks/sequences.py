@@ -77,6 +77,21 @@ class SequenceTask(Task):
                     yield number, (f"label {value!r} is not one of {', '.join(self.names[:8])}"
                                    f"{', ...' if len(self.names) > 8 else ''}")
 
+    def training_problems(self, table: Table) -> Iterator[tuple[int, str]]:
+        found = {plain_label(row[self.label_column]) for row in table.rows}
+        if self.label_kind == "classes" and len(found) < 2:
+            yield 0, f"every one of the {len(table)} rows has the label {', '.join(found)!r}, and one class cannot be learned"
+
+    def first_rows(self, table: Table, limit: int | None) -> list[dict[str, Any]]:
+        """The first rows; the last question is kept whole where questions are judged together."""
+        if limit is None or limit >= len(table):
+            return table.rows
+        if self.group is not None:
+            last = question_of(table.rows[limit - 1], limit - 1)
+            while limit < len(table) and question_of(table.rows[limit], limit) == last:
+                limit += 1
+        return table.rows[:limit]
+
     def features(self, table: Table, tokenizer: Any, max_length: int, *, training: bool = False,
                  labelled: bool = True) -> list[Feature]:
         label = self.label_column if labelled else None

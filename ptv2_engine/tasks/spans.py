@@ -84,6 +84,14 @@ class SpanTask(Task):
         wrong = (what_is_wrong(row[self.context_column], text, start) for text, start in dict.fromkeys(golds))
         yield from (what for what in wrong if what is not None)
 
+    def has_labels(self, table: Table) -> bool:
+        """Where every question has an answer, a table without any is unlabelled."""
+        if self.unanswerable:
+            return super().has_labels(table)
+        return any(row[self.answers_column] and (not isinstance(row[self.answers_column], dict)
+                                                 or row[self.answers_column].get("text")) for row in table.rows
+                   if self.answers_column in row)
+
     def features(self, table: Table, tokenizer: Any, max_length: int, *, training: bool = False,
                  labelled: bool = True) -> list[Feature]:
         """One feature a window: input_ids, token_type_ids where the tokenizer makes them, row; with labels start_positions and

@@ -69,13 +69,15 @@ class TagTask(Task):
         return {"num_labels": len(self.names), "id2label": dict(enumerate(self.names))}
 
     def problems(self, table: Table, labelled: bool = True) -> Iterator[tuple[int, str]]:
-        outside = True
         for number, row in enumerate(table.rows, start=1):
-            found = list(self._problems_of(row, labelled))
-            yield from ((number, what) for what in found)
-            outside = outside and not found and (not labelled or all(tag == "O" for tag in row[self.label_column]))
-        if labelled and outside and table.rows:
+            yield from ((number, what) for what in self._problems_of(row, labelled))
+
+    def training_problems(self, table: Table) -> Iterator[tuple[int, str]]:
+        if all(tag == "O" for row in table.rows for tag in row[self.label_column]):
             yield 0, f"all {len(table)} sentences are tagged 'O' throughout, so there is nothing to find"
+
+    def has_labels(self, table: Table) -> bool:
+        return any(row.get(self.label_column) for row in table.rows)
 
     def _problems_of(self, row: dict[str, Any], labelled: bool) -> Iterator[str]:
         words = row.get(self.words_column)
