@@ -59,7 +59,7 @@ def _questions(data: Path, split: str, most_words: int = 90) -> Rows:
             if row["answers"]["text"] and len(row["context"].split()) <= most_words]
 
 
-# task -> title, test metric, reader, training and test examples, flags, epochs
+# task -> title, test metric, reader, training and test examples, epochs, data flags, training flags, and those of a method on it
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"title": "SST-2, accuracy", "metric": "accuracy", "read": _sentences, "sizes": (1200, 500), "epochs": 4,
              "flags": {"max_seq_length": "64"}},
@@ -67,8 +67,9 @@ TASKS: dict[str, dict[str, Any]] = {
                 "flags": {"max_seq_length": "64"}},
     "conll2003": {"title": "CoNLL-2003 NER, F1", "metric": "f1", "read": _words, "sizes": (800, 400), "epochs": 5,
                   "flags": {"max_seq_length": "96"}},
-    "squad": {"title": "SQuAD slice, F1", "metric": "f1", "read": _questions, "sizes": (260, 120), "epochs": 4,
-              "flags": {"max_seq_length": "192", "doc_stride": "64"}},
+    "squad": {"title": "SQuAD slice, F1", "metric": "f1", "read": _questions, "sizes": (300, 120), "epochs": 4,
+              "flags": {"max_seq_length": "192", "doc_stride": "64"}, "training": {"per_device_train_batch_size": "4"},
+              "fine-tuning": {"per_device_train_batch_size": "8"}},
 }
 _PROMPT = {"learning_rate": "3e-2", "head_learning_rate": "5e-3"}
 # method -> title, flags of ptv2 train, share of the task's epochs. Fine-tuning needs fewer, and its steps cost more.
@@ -86,7 +87,7 @@ METHODS: dict[str, tuple[str, dict[str, str], float]] = {
 COMMON = {"per_device_train_batch_size": "16", "per_device_eval_batch_size": "64", "eval_strategy": "no", "save_strategy": "no",
           "logging_steps": "100000", "dtype": "float32", "report_to": "none"}
 LOCKS: dict[int, threading.Lock] = {}
-SHARED_EPOCHS = "2"              # of MPT-2's first stage, over all tasks together
+SHARED_EPOCHS = "1"              # of MPT-2's first stage, over all tasks together
 
 
 def prepare(data: Path, work: Path) -> None:
@@ -125,8 +126,7 @@ def run(flags: dict[str, str], folder: Path, threads: int) -> dict[str, Any]:
 
 def share_a_prompt(work: Path, seed: int, threads: int) -> Path:
     """MPT-2's first stage: one prompt over all tasks."""
-    sets = {name: {k: v.split() if k == "text_columns" else int(v) if v.isdigit() else v
-                   for k, v in data_flags(work, name).items() if k != "test_file"} for name in TASKS}
+    sets = {name: {k: v for k, v in data_flags(work, name).items() if k != "test_file"} for name in TASKS}
     yaml = work / f"tasks-{seed}.yaml"
     yaml.write_text(json.dumps({"temperature": 2, "data_sets": sets}))
     flags = METHODS["mpt-2"][1] | {"multi_task": str(yaml), "num_train_epochs": SHARED_EPOCHS, "seed": str(seed)}
@@ -147,7 +147,8 @@ def measure(work: Path, name: str, method: str, seed: int, threads: int) -> dict
     if method == "mpt-2":
         with LOCKS.setdefault(seed, threading.Lock()):
             extra["prompt_init"] = str(share_a_prompt(work, seed, threads))
-    found = run(data_flags(work, name) | flags | extra | {"num_train_epochs": f"{share * task['epochs']:g}", "seed": str(seed)},
+    training = task.get("training", {}) | flags | task.get(method, {}) | extra
+    found = run(data_flags(work, name) | training | {"num_train_epochs": f"{share * task['epochs']:g}", "seed": str(seed)},
                 work / name / method / f"seed-{seed}", threads)
     score = found["test"][f"test_{task['metric']}"]
     print(f"{name:10} {method:14} seed {seed}  {100 * score:5.1f}  {found['seconds']:6.1f} s", flush=True)
