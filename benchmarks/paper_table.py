@@ -1,6 +1,7 @@
 """The paper's comparison on real data and a real encoder: methods by tasks, several seeds, from `ptv2 train` alone.
 
     python benchmarks/paper_table.py --data FOLDER --work runs/paper run [--tasks sst2 ...] [--methods ...] [--jobs 2]
+    python benchmarks/paper_table.py collect --work runs/paper         what is done of it -> benchmarks/results/paper-table.json
     python benchmarks/paper_table.py docs           benchmarks/results/paper-table.json -> the tables of docs/results.md
 
 FOLDER holds sst2/{train,test}.tsv (GLUE SST-2), conll2003/{train,test}.txt and squad2/{train,dev}-slice.json (SQuAD 2.0, of which
@@ -160,9 +161,15 @@ def measure(work: Path, name: str, method: str, seed: int, threads: int) -> dict
     training = task.get("training", {}) | flags | task.get(method, {}) | extra
     found = run(data_flags(work, name) | training | {"num_train_epochs": f"{share * task['epochs']:g}", "seed": str(seed)},
                 work / name / method / f"seed-{seed}", threads)
-    score = found["test"][f"test_{task['metric']}"]
-    print(f"{name:10} {method:14} seed {seed}  {100 * score:5.1f}  {found['seconds']:6.1f} s", flush=True)
-    return {"score": score, "parameters": found["trained_parameters"], "seconds": found["seconds"]}
+    made = entry(name, found)
+    print(f"{name:10} {method:14} seed {seed}  {100 * made['score']:5.1f}  {found['seconds']:6.1f} s", flush=True)
+    return made
+
+
+def entry(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What the table takes of a run's results.json."""
+    return {"score": found["test"][f"test_{TASKS[name]['metric']}"], "parameters": found["trained_parameters"],
+            "seconds": found["seconds"]}
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -176,14 +183,25 @@ def run_all(args: argparse.Namespace) -> None:
             if "mpt-2" in args.methods and (i == 0 or cell[2] != cells[i - 1][2]):
                 pool.submit(_share_first, args.work, cell[2], args.threads)
             futures.append(pool.submit(measure, args.work, *cell, args.threads))
-        made = [future.result() for future in futures]
-    rows = {f"{task} {method}": {k: [m[k] for c, m in zip(cells, made, strict=True) if c[:2] == (task, method)]
-                                 for k in ("score", "parameters", "seconds")} for task, method, _ in cells}
+        for future in futures:
+            future.result()
+    collect(args)
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Write the results of the runs that are done."""
+    rows: dict[str, Any] = {}
+    for task in TASKS:
+        for method in METHODS:
+            files = sorted((args.work / task / method).glob("seed-*/results.json"))
+            made = [entry(task, json.loads(file.read_text())) for file in files]
+            if made:
+                rows[f"{task} {method}"] = {k: [m[k] for m in made] for k in ("score", "parameters", "seconds")}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     record = {"what": "methods by tasks", "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
               "threads": args.threads, "jobs": args.jobs, "date": datetime.date.today().isoformat(), "torch": torch.__version__,
               "commit": args.commit or commit,
-              "command": f"python benchmarks/paper_table.py run --data FOLDER --seeds {args.seeds}",
+              "command": "python benchmarks/paper_table.py run --data FOLDER",
               "settings": {"tasks": {n: {k: v for k, v in t.items() if k != "read"} for n, t in TASKS.items()},
                            "methods": METHODS, "common": COMMON, "shared_epochs": SHARED_EPOCHS}, "rows": rows}
     args.results.parent.mkdir(parents=True, exist_ok=True)
@@ -202,10 +220,11 @@ def tables(record: dict[str, Any]) -> str:
             lines.append(f"| {METHODS[m][0]} | " + " | ".join(cells) + " |")
         return lines
 
-    seeds = len(next(iter(rows.values()))["score"])
+    seeds = max(len(row["score"]) for row in rows.values())
     size = ", ".join(f"{TASKS[t]['title'].split(',')[0]} {TASKS[t]['sizes'][0]} / {TASKS[t]['sizes'][1]}" for t in names)
     spread = lambda r: f"{100 * statistics.mean(r['score']):.1f}" + (
-        f" ± {100 * statistics.stdev(r['score']):.1f}" if len(r["score"]) > 1 else "")
+        f" \u00b1 {100 * statistics.stdev(r['score']):.1f}" if len(r["score"]) > 1 else "") + (
+        "" if len(r["score"]) == seeds else f" (n = {len(r['score'])})")
     return "\n".join([
         f"{record['device']}, {record['jobs']} runs at a time on {record['threads']} thread each, {record['date']}, commit "
         f"{record['commit']}, torch {record['torch']}; `{record['command']}`. Mean and standard deviation of {seeds} seeds; "
@@ -224,7 +243,7 @@ def write_docs(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "docs"])
+    parser.add_argument("what", choices=["run", "collect", "docs"])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/paper"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -237,7 +256,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "run" and args.data is None:
         parser.error("run needs --data FOLDER")
-    (run_all if args.what == "run" else write_docs)(args)
+    {"run": run_all, "collect": collect, "docs": write_docs}[args.what](args)
 
 
 if __name__ == "__main__":

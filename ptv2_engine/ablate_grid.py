@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add("output_dir", help="results.json, table.md, figures, and cells/<cell>/seed-<n> for each run")
     add("vary", nargs="+", default=[], metavar="FLAG=A,B", help="such as prompt_length=4,8,16 reparameterization=none,mlp")
     add("seeds", help="such as 1,2,3; default: the one seed of ptv2 train")
-    add("depth", nargs="+", help="prompts in layers 1..k (ascending), in layers L-k+1..L (descending), or both")
+    add("depth", nargs="+", help="prompts in layers 1..k (ascending), in layers L-k+1..L (descending); both words for both")
     add("depth_steps", help=f"which k, such as 4,8,12; default: {_STEPS} even steps")
     add("metric", help="default: the task's own")
     add("at", choices=AT, help="the value that counts: of the best epoch (default), of the last one, or on the test file")
@@ -161,7 +161,8 @@ def _depths(asked: Any, steps: Any, base: Flags, vary: dict[str, list[list[str]]
     """Values of prompt_layers, counted from 1 at the bottom: 1-k for ascending, (L-k+1)-L for descending."""
     ways = [way for word in _listed(asked) for way in str(word).split(",")]
     if not ways or set(ways) - set(DEPTHS):
-        raise ConfigError(f"--depth {' '.join(ways)} is not understood; choose ascending, descending, or both.")
+        raise ConfigError(f"--depth {' '.join(ways)} is not understood; write ascending, descending, or the two with a space "
+                          "between.")
     if "prompt_layers" in vary or "prompt_layers" in base:
         raise ConfigError("--depth and --prompt_layers both say which layers have a prompt; leave one out.")
     if "model_name_or_path" not in base:

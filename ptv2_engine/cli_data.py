@@ -84,7 +84,8 @@ def run(argv: Sequence[str]) -> None:
     else:
         show(found, args.most)
     if found.problems:
-        raise DataError(f"{table.source}: {len(found.problems)} problems in {found.rows} rows; correct the file.")
+        wrong = dict.fromkeys(problem.source for problem in found.problems)
+        raise DataError(f"{len(found.problems)} rows or files with problems in {' and '.join(wrong)}; correct them.")
 
 
 def load(args: argparse.Namespace) -> tuple[dict[str, Table], Task]:

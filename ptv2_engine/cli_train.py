@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ptv2_engine.adapter import replace_file
+from ptv2_engine.batches import sequences_of
 from ptv2_engine.cli_args import DataArguments, ModelArguments, PromptArguments
 from ptv2_engine.cli_tables import described, load_data
 from ptv2_engine.encoder.checkpoints import model_config
@@ -125,7 +126,8 @@ def text_length(data_args: DataArguments, prompt_length: int, model: Any) -> int
     """Tokens an example may have. Raises ConfigError where the prompt leaves none."""
     max_length = min(data_args.max_seq_length, model.max_length())
     if max_length < 3:
-        raise ConfigError(f"prompt_length {prompt_length} leaves {max_length} positions for text; use a shorter prompt.")
+        raise ConfigError(f"--max_seq_length {data_args.max_seq_length} and --prompt_length {prompt_length} leave {max_length} "
+                          f"tokens for text (the backbone takes {model.max_length()} beside the prompt); use 3 or more.")
     return max_length
 
 
@@ -138,6 +140,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
 
         return train_together(model_args, data_args, prompt_args, args)
     tables, task = load_data(data_args)
+    check_trainer_flags(args, task)
     output = Path(args.output_dir or ".")
     check_writable(output)
     transformers.set_seed(args.seed)
@@ -146,7 +149,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     max_length = text_length(data_args, prompt_args.prompt_length, model)
     scored = [split for split, table in tables.items() if split == "train" or task.has_labels(table)]
     features = {split: task.features(tables[split], tokenizer, max_length, training=split == "train") for split in scored}
-    check_trainer_flags(args, task)
     write_settings(output, task, max_length, data_args)            # before training: its checkpoints need it
     validates = "validation" in features
     if not validates:
@@ -162,6 +164,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
                       auto_batch=model_args.auto_batch, plan_memory=model_args.plan_memory)
     show_progress(trainer, data_args.dataset_name or Path(tables["train"].source).stem)
     print(f"task: {described(task)}")
+    full = sum(max(map(len, sequences_of(feature))) >= max_length for feature in features["train"])
+    if full and task.kind not in ("tags", "span"):           # those are split, not cut
+        print(f"{full} of {len(features['train'])} training examples fill --max_seq_length {max_length} and may be cut")
     for split in (s for s in tables if s not in scored):
         print(f"{split}: {len(tables[split])} rows without labels, which are not scored")
     model.print_trainable_parameters()
@@ -181,6 +186,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
 
 def check_trainer_flags(args: TrainingArguments, task: Task) -> None:
     """Raises ConfigError for flags of transformers' Trainer that would compute something else than they say."""
+    if not 0 <= args.learning_rate < 1e3:
+        raise ConfigError(f"--learning_rate {args.learning_rate:g} is outside 0 to 1000; prompts want 1e-3 to 1e-1.")
     if args.label_smoothing_factor and task.kind in ("choice", "cloze", "span"):
         raise ConfigError(f"--label_smoothing_factor {args.label_smoothing_factor} smooths over classes, but {task.model_task} "
                           "has none that all rows share; leave it out.")

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ptv2_engine.adapter import TENSORS, fill, read_tensors, replace_file
+from ptv2_engine.adapter import TENSORS, fill, read_config, read_tensors, replace_file
 from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler, sequences_of, split_inputs, without_padding
-from ptv2_engine.errors import ConfigError, DataError, NonFiniteLoss, OutOfMemory, OutputError
+from ptv2_engine.errors import AdapterError, ConfigError, DataError, NonFiniteLoss, OutOfMemory, OutputError
 from ptv2_engine.model import PromptedModel
 from ptv2_engine.optim import add_back, parameter_groups, set_aside
 from ptv2_engine.prompt import PromptConfig
@@ -243,7 +243,13 @@ def load_adapter_into(model: Any, folder: str | Path) -> None:
     if not isinstance(model, PromptedModel):                # an outside reference
         model.load_adapter(folder)
         return
-    tensors, _ = read_tensors(Path(folder) / TENSORS)
+    tensors, metadata = read_tensors(Path(folder) / TENSORS)
+    own = read_config(Path(folder), metadata).get("ptv2", {})
+    labels = {int(i): name for i, name in own.get("id2label", {}).items()}
+    if own and (own.get("task"), labels) != (model.task, model.id2label):
+        raise AdapterError(f"{folder} was trained for {own.get('task')} with the labels {', '.join(map(str, labels.values()))}, "
+                           f"but this model is for {model.task} with {', '.join(map(str, model.id2label.values()))}; resume with "
+                           "the data it was trained on.")
     fill(model, tensors, Path(folder))
 
 

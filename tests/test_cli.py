@@ -176,7 +176,7 @@ def test_tagging_and_regression_end_to_end(backbone, tmp_path, capsys):
     ({"--train_file": "none.csv"}, "none.csv does not exist; check the path"),
     ({"--text_columns": "txt"}, "has no column 'txt'; it has 'text', 'label'"),
     ({"--output_dir": "/dev/null/x"}, "output folder /dev/null/x cannot be written"),
-    ({"--prompt_length": "79"}, "prompt_length 79 leaves 1 positions for text"),
+    ({"--prompt_length": "79"}, "--prompt_length 79 leave 1 tokens for text"),
     ({"--prompt_layers": "9"}, "asks for the top 9 layers, but the encoder has 3"),
     ({"--model_name_or_path": "/nowhere"}, "'/nowhere'"),
     ({"--learning_rate": "fast"}, "invalid float value: 'fast'"),

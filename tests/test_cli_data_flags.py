@@ -180,7 +180,16 @@ def test_brackets_in_a_text_are_no_markup(backbone, tmp_path, capsys):  # noqa: 
     assert "rome [red] city [/b]" in capsys.readouterr().out
 
 
+def test_a_run_is_not_resumed_with_other_labels(backbone, tmp_path, capsys):  # noqa: F811
+    assert train(backbone, tmp_path / "a", *files(tmp_path, "pair"), "--save_strategy", "epoch", epochs=1) == 0
+    other = [row | {"label": {"yes": "aye", "no": "zero"}[row["label"]]} for row in rows("pair", 24)]
+    words = ["--train_file", write(tmp_path / "other.jsonl", other), "--resume_from_checkpoint", tmp_path / "a" / "checkpoint-3"]
+    assert train(backbone, tmp_path / "b", *words) == 2
+    assert "with the labels no, yes, but this model is for sequence-classification with aye, zero" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("words", "sentence"), [
+    (["--learning_rate", "-1"], "--learning_rate -1 is outside"),
     (["--label_smoothing_factor", "0.1"], "smooths over classes, but multiple-choice"),
     (["--batch_eval_metrics", "True"], "batch by batch"),
 ])

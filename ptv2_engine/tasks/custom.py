@@ -112,7 +112,8 @@ def _choices(table: Table) -> list[str]:
 
 def _texts(table: Table, others: set[str]) -> list[str]:
     """One or two columns of text; a number or an id is none. Raises DataError where more could be meant."""
-    columns = [c for c in table.columns if c not in others and c.lower() not in _IDS and _is_text(table, c)]
+    possible = [c for c in table.columns if c not in others and c.lower() not in _IDS]
+    columns = [c for c in possible if _is_text(table, c)] or possible
     if not 1 <= len(columns) <= 2:
         there = [c for c in table.columns if c not in others]
         raise DataError(f"{table.source}: which of the columns {', '.join(there)} hold the text? Give --text_columns ONE [TWO].")

@@ -169,7 +169,7 @@ def test_the_command_prints_what_people_need(tmp_path, backbone, capsys):
 
 def test_the_command_as_json_and_its_exit(tmp_path, backbone, capsys):
     file = write(tmp_path / "x.jsonl", [{"text": "a", "label": "x"}, {"text": "", "label": "y"}])
-    with pytest.raises(DataError, match="1 problems in 2 rows"):                      # exit code 2
+    with pytest.raises(DataError, match="1 rows or files with problems in"):                      # exit code 2
         cli_data.run(["check", str(file), "--tokenizer_name", backbone, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == [{"source": str(file), "row": 2, "what": "the text 'text' is empty"}]
@@ -182,7 +182,7 @@ def test_the_command_as_json_and_its_exit(tmp_path, backbone, capsys):
     (["check"], "which file?"),
     (["look"], "ptv2 data look is not a command"),
     (["check", "x.csv", "--task_name", "glue"], "belong together"),
-    (["check", "x.csv", "--data_dir", "d"], "--data_dir d belongs to"),
+    (["check", "x.csv", "--data_dir", "d"], "--data_dir d holds a published"),
     (["check", "x.csv", "--max_seq_length", "2"], "use 3 or more"),
     (["check", "--task", "poetry"], "invalid choice: 'poetry'")])
 def test_what_cannot_be_checked(argv, words):
