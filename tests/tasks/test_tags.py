@@ -322,7 +322,8 @@ def test_problems_are_reported_by_row():
     assert list(task(names=[*NAMES, "LOC"]).problems(Table([{"words": ["a"], "tags": ["LOC"]}], "x")))[0][1].startswith(
         "tag 'LOC' is not 'O' or a prefix and a type")
     outside = Table([{"words": ["a"], "tags": ["O"]}] * 3, "x")
-    assert list(task().training_problems(outside)) == [(0, "all 3 sentences are tagged 'O' throughout, so there is nothing to find")]
+    said = "all 3 sentences are tagged 'O' throughout, so there is nothing to find"
+    assert list(task().training_problems(outside)) == [(0, said)]
     assert not list(task().problems(outside))            # a validation file may well hold no entity
 
 
