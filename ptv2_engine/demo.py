@@ -63,8 +63,10 @@ def encoder_folder() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def fetch_snippets(cache: Path, member: str = MEMBER, sha256: str = SHA256) -> Path:
-    """Rated snippets, from the cache or from vaderSentiment's source distribution. Raises DataError."""
+def fetch_snippets(cache: Path, member: str = MEMBER, sha256: str | None = None) -> Path:
+    """Rated snippets, from the cache or from vaderSentiment's source distribution; sha256: default the movie reviews'. Raises
+    DataError."""
+    sha256 = sha256 or SHA256
     target = cache / member
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
         return target
