@@ -98,7 +98,7 @@ def parse(argv: Sequence[str]) -> Grid:
     ask = {name: file.pop(name) for name in _OWN if file.get(name) is not None}
     ask |= {name: getattr(args, name) for name in _OWN if getattr(args, name, None) not in (None, [])}
     given = presets.flags_of(file, f"--grid {args.grid}") | cli_args.split_flags([*rest, *behind])
-    base = _base(given, notes)
+    base = cli_args.over_files(given, notes)
     base.pop("output_dir", None)                # a preset's or config file's is for a run of its own
     output_dir = args.output_dir or given.get("output_dir", [None])[0]
     if output_dir is None:
@@ -121,17 +121,6 @@ def parse(argv: Sequence[str]) -> Grid:
     grid = Grid(cells, seeds, base, Path(output_dir), ask.get("metric"), at, figures, jobs, args.dry_run, notes)
     _check(grid)
     return grid
-
-
-def _base(given: Flags, notes: list[str]) -> Flags:
-    """Flags in force for every cell, in our spelling: the preset's, then the config file's, then those given."""
-    given = cli_args.translate(given, notes)
-    config, preset = given.pop("config", None), given.pop("preset", None)
-    under: Flags = {}
-    if config is not None:
-        under = cli_args.translate(presets.flags_of(presets.read_yaml(config[0], "--config"), f"--config {config[0]}"), notes)
-        preset = preset or under.pop("preset", None)
-    return ({} if preset is None else presets.load_preset(preset[0])) | under | given
 
 
 def _vary(asked: Any) -> dict[str, list[list[str]]]:

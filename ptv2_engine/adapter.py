@@ -29,7 +29,7 @@ from ptv2_engine.encoder.checkpoints import open_safetensors
 from ptv2_engine.encoder.weights import check_placement
 from ptv2_engine.errors import AdapterError, AdapterMismatch, CheckpointError, ConfigError, OutputError, WeightError
 from ptv2_engine.heads import SpanHead
-from ptv2_engine.masked_lm import load_masked_lm_head
+from ptv2_engine.masked_lm import masked_lm_for
 from ptv2_engine.prompt import PromptBank, PromptConfig
 
 if TYPE_CHECKING:
@@ -227,9 +227,8 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
         if theirs and theirs != ours:
             raise AdapterMismatch(f"{folder} was trained on {name} ({part} {theirs[:12]}), but {origin.location} has other "
                                   f"{part} ({ours[:12] or 'none'}); pass backbone= the original one.")
-    if settings["task"] == "cloze" and encoder.config.family != "glm":
-        settings["masked_lm"] = load_masked_lm_head(name if backbone is None else backbone, dtype=encoder.dtype,
-                                                    device=encoder.device)
+    if settings["task"] == "cloze":
+        settings["masked_lm"] = masked_lm_for(encoder, name if backbone is None else backbone)
     model = cls(encoder, origin, prompt, **settings)
     model.prompt_config.init = init
     fill(model, tensors, folder)
@@ -266,6 +265,19 @@ def fill(model: PromptedModel, tensors: dict[str, Tensor], folder: Path) -> None
             raise AdapterError(f"{folder} relies on the backbone's pretrained pooler, but {model.origin.location} has none; "
                                "pass the checkpoint with its pooler as the base.")
         _copy(dense, tensors, f"{prefix}dense.", folder)
+
+
+def refill(model: PromptedModel, folder: Path) -> None:
+    """Fill a model that is there already from a saved adapter, to go on with it. Raises AdapterError, also where the adapter is
+    of another task or has other labels: its head would name them wrongly."""
+    tensors, metadata = read_tensors(folder / TENSORS)
+    own = read_config(folder, metadata).get("ptv2", {})
+    labels = {int(i): name for i, name in own.get("id2label", {}).items()}
+    if own and (own.get("task"), labels) != (model.task, model.id2label):
+        raise AdapterError(f"{folder} was trained for {own.get('task')} with the labels {', '.join(map(str, labels.values()))}, "
+                           f"but this model is for {model.task} with {', '.join(map(str, model.id2label.values()))}; resume with "
+                           "the data it was trained on.")
+    fill(model, tensors, folder)
 
 
 def fill_prompt(bank: PromptBank, tensors: dict[str, Tensor], folder: Path) -> None:

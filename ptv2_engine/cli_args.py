@@ -150,20 +150,7 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
     Raises ConfigError for an unknown flag or key, naming the nearest.
     """
     notes: list[str] = []
-    flags = translate(split_flags(argv), notes)
-    file, preset = flags.pop("config", None), flags.pop("preset", None)
-    if file is not None:
-        path = _single("config", file, "FILE.yaml")
-        config = translate(flags_of(read_yaml(path, "--config"), f"--config {path}"), notes)
-        preset, flags = preset or config.pop("preset", None), config | flags
-    merged: dict[str, list[str]] = {name: [value] for name, value in DEFAULTS.items()}
-    if preset is not None:
-        name = _single("preset", preset, ", ".join(name for name, _ in list_presets()))
-        published = translate(load_preset(name), notes)
-        if {"train_file", "multi_task"} & set(flags):           # data of one's own with the preset's settings
-            published = {k: v for k, v in published.items() if k not in ("task_name", "dataset_name", "template_id")}
-        merged |= published
-    merged |= flags
+    merged = {name: [value] for name, value in DEFAULTS.items()} | over_files(split_flags(argv), notes)
     if "lr_scheduler_type" in merged:
         merged.setdefault("epoch_decay", ["0"])
     method = BY_NAME.get(merged.get("method", ["p-tuning-v2"])[0])
@@ -185,6 +172,22 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
         raise
     except ValueError as error:      # TrainingArguments checks its own fields
         raise ConfigError(f"{str(error).splitlines()[0]}; see ptv2 train --help.") from error
+
+
+def over_files(flags: dict[str, list[str]], notes: list[str]) -> dict[str, list[str]]:
+    """Flags in our spelling over those of the files they name: --preset, then --config's, then the flags. Raises ConfigError."""
+    flags = translate(flags, notes)
+    file, preset = flags.pop("config", None), flags.pop("preset", None)
+    if file is not None:
+        path = _single("config", file, "FILE.yaml")
+        config = translate(flags_of(read_yaml(path, "--config"), f"--config {path}"), notes)
+        preset, flags = preset or config.pop("preset", None), config | flags
+    if preset is None:
+        return flags
+    published = translate(load_preset(_single("preset", preset, ", ".join(name for name, _ in list_presets()))), notes)
+    if {"train_file", "multi_task"} & set(flags):           # data of one's own with the preset's settings
+        published = {k: v for k, v in published.items() if k not in ("task_name", "dataset_name", "template_id")}
+    return published | flags
 
 
 def _single(flag: str, values: list[str], what: str) -> str:

@@ -64,7 +64,7 @@ class Predictor:
         collate = PackedCollator()
         for start in range(0, len(features), self.batch_size):
             part = features[start:start + self.batch_size]
-            batch = collate(as_features(part, ("row", "word_ids", "offsets", "words", *_LABELS)))
+            batch = collate(as_features(part, _LABELS))
             inputs = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             output = self.model(**inputs)
             scores = (output.start_logits, output.end_logits) if self.task.kind == "span" else (output.logits,)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 from typing import Any, cast
 
 from ptv2_engine.cli_args import DataArguments
 from ptv2_engine.errors import ConfigError
-from ptv2_engine.tasks.base import Task, refuse_problems
+from ptv2_engine.tasks.base import Task, named_columns, refuse_problems
 from ptv2_engine.tasks.benchmarks import find_benchmark, load_benchmark
 from ptv2_engine.tasks.cloze_task import ClozeTask
 from ptv2_engine.tasks.custom import normalised, task_for
@@ -95,10 +94,8 @@ def cloze_task(data: DataArguments) -> ClozeTask | None:
 
 def own_flags(data: DataArguments) -> list[str]:
     """The flags that name data, among those that were given."""
-    plain = DataArguments()
-    named = ("train_file", "validation_file", "test_file", "task_name", "dataset_name", "data_dir", "task", "text_columns",
-             "label_column", "choice_columns", "pattern", "verbalizers")
-    return [f.name for f in dataclasses.fields(data) if f.name in named and getattr(data, f.name) != getattr(plain, f.name)]
+    named = (*_OF_OWN_FILES, "label_column", "task_name", "dataset_name", "data_dir", "pattern", "verbalizers")
+    return [name for name in named if getattr(data, name)]
 
 
 def _limit(data: DataArguments, split: str) -> int | None:
@@ -109,9 +106,6 @@ def _limit(data: DataArguments, split: str) -> int | None:
 
 def described(task: Task) -> str:
     """One line on what a run trains: "sequence-classification of premise, hypothesis -> label (accuracy)"."""
-    found = task.settings()
-    singles = [found[name] for name in ("words_column", "question_column", "context_column") if found.get(name)]
-    texts = [*(found.get("text_columns") or []), *singles, *(found.get("choice_columns") or [])]
-    label = found.get("answers_column") or found.get("label_column")
+    texts, label = named_columns(task)
     of = f" of {', '.join(texts)}" if texts else ""
     return f"{task.model_task}{of} -> {label} ({task.best})"

@@ -147,15 +147,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     tokenizer = load_tokenizer(model_args.tokenizer_name or source, task.kind == "tags")
     model = make_model(model_args, prompt_args, args, task, tokenizer)
     max_length = text_length(data_args, prompt_args.prompt_length, model)
-    scored = [split for split, table in tables.items() if split == "train" or task.has_labels(table)]
-    features = {split: task.features(tables[split], tokenizer, max_length, training=split == "train") for split in scored}
+    features = features_of(task, tables, tokenizer, max_length)
     write_settings(output, task, max_length, data_args)            # before training: its checkpoints need it
     validates = "validation" in features
-    if not validates:
-        args.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO
-        args.do_eval = False
-    if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
-        args.metric_for_best_model, args.greater_is_better = f"eval_{task.best}", True
+    settle_evaluation(args, validates, f"eval_{task.best}")
     trainer = Trainer(model, args, train_dataset=as_features(features["train"]),
                       eval_dataset=as_features(features["validation"]) if validates else None,
                       processing_class=tokenizer, preprocess_logits_for_metrics=best_candidate if picks(task) else None,
@@ -167,7 +162,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     full = sum(max(map(len, sequences_of(feature))) >= max_length for feature in features["train"])
     if full and task.kind not in ("tags", "span"):           # those are split, not cut
         print(f"{full} of {len(features['train'])} training examples fill --max_seq_length {max_length} and may be cut")
-    for split in (s for s in tables if s not in scored):
+    for split in (s for s in tables if s not in features):
         print(f"{split}: {len(tables[split])} rows without labels, which are not scored")
     model.print_trainable_parameters()
     started = time.perf_counter()
@@ -175,13 +170,28 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     seconds = time.perf_counter() - started
 
     trainer.save_model()
-    results: dict[str, Any] = {"output_dir": args.output_dir, "method": method.name, "metric": task.best,
-               "trained_parameters": trained_parameters(model), "seconds": round(seconds, 2)}
+    results: dict[str, Any] = {
+        "output_dir": args.output_dir, "method": method.name, "metric": task.best,
+        "trained_parameters": trained_parameters(model), "seconds": round(seconds, 2)}
     results |= evaluations(trainer.state.log_history, f"eval_{task.best}")
     for split in (s for s in features if s not in ("train", "validation")):
         results[split] = predict_split(trainer, task, tables[split], features[split], split)
     replace_file(output / "results.json", json.dumps(results, indent=2).encode())
     return results
+
+
+def features_of(task: Task, tables: dict[str, Table], tokenizer: Any, max_length: int) -> dict[str, list[Feature]]:
+    """Features by split: of the training table, and of those that can be scored."""
+    return {split: task.features(table, tokenizer, max_length, training=split == "train")
+            for split, table in tables.items() if split == "train" or task.has_labels(table)}
+
+
+def settle_evaluation(args: TrainingArguments, validates: bool, metric: str) -> None:
+    """No evaluation without validation data; the best model is the best by the task's metric unless another is named."""
+    if not validates:
+        args.eval_strategy, args.do_eval = transformers.trainer_utils.IntervalStrategy.NO, False
+    if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
+        args.metric_for_best_model, args.greater_is_better = metric, True
 
 
 def check_trainer_flags(args: TrainingArguments, task: Task) -> None:

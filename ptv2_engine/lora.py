@@ -22,7 +22,7 @@ from ptv2_engine.errors import AdapterError, ConfigError, InputError, OutputErro
 from ptv2_engine.hf_config import label_names
 from ptv2_engine.model import OUTPUTS
 from ptv2_engine.outputs import Targets, as_output, score
-from ptv2_engine.packing import from_packed, pack, unpack
+from ptv2_engine.packing import flat_choices, from_packed, pack, unpack
 
 # task -> (transformers' class, PEFT's task type)
 TASKS = {"sequence-classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
@@ -105,8 +105,7 @@ class LoraModel(nn.Module):
             raise InputError("input_ids is missing; pass the tokenizer's output (inputs_embeds is not taken).")
         ids: Tensor = input_ids
         if self.task == "multiple-choice" and ids.dim() == 3:                  # transformers' layout: [B, C, S]
-            choice_counts, ids = ids.new_full(ids.shape[:1], ids.shape[1]), ids.flatten(0, 1)
-            attention_mask, token_type_ids = (None if t is None else t.flatten(0, 1) for t in (attention_mask, token_type_ids))
+            choice_counts, ids, attention_mask, token_type_ids = flat_choices(ids, attention_mask, token_type_ids)
         if seq_lengths is not None:
             batch = from_packed(ids, seq_lengths, token_type_ids, max_seqlen=max_seqlen)
         else:

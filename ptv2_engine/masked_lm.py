@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptv2_engine.encoder import Encoder
 from ptv2_engine.encoder.checkpoints import Checkpoint, open_checkpoint
 from ptv2_engine.encoder.config import EncoderConfig, activation_of
 from ptv2_engine.errors import ConfigError, InputError, WeightError
+
+CLOZE_FAMILIES = ("glm",)            # whose language-model head is its tied word embeddings; others load one
 
 
 class _Names(NamedTuple):
@@ -68,6 +71,13 @@ class MaskedLMHead(nn.Module):
         if ids is None:
             return F.linear(x_BE, words.float(), self.bias.float())
         return F.linear(x_BE, words[ids].float(), self.bias[ids].float())
+
+
+def masked_lm_for(encoder: Encoder, source: str | Path | nn.Module) -> MaskedLMHead | None:
+    """What a cloze task on this encoder needs of its checkpoint beside it; None where the word embeddings are the head."""
+    if encoder.config.family in CLOZE_FAMILIES:
+        return None
+    return load_masked_lm_head(source, dtype=encoder.dtype, device=encoder.device)
 
 
 def empty_masked_lm(config: EncoderConfig, dtype: torch.dtype, device: torch.device) -> MaskedLMHead:

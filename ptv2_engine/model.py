@@ -18,16 +18,15 @@ from ptv2_engine.encoder import Encoder, Origin, check_trained, load_encoder
 from ptv2_engine.errors import ConfigError, InputError, OutOfMemory
 from ptv2_engine.heads import SequenceClassificationHead, TokenClassificationHead, make_head
 from ptv2_engine.hf_config import head_dropout_of, label_names, transformers_config
-from ptv2_engine.masked_lm import load_masked_lm_head
+from ptv2_engine.masked_lm import CLOZE_FAMILIES, masked_lm_for
 from ptv2_engine.ops import readable
 from ptv2_engine.outputs import Scored, Targets, as_output, score
-from ptv2_engine.packing import PackedBatch, from_packed, pack, with_parts
+from ptv2_engine.packing import PackedBatch, flat_choices, from_packed, pack, with_parts
 from ptv2_engine.prompt import PromptBank, PromptConfig
 
 TASKS = ("sequence-classification", "token-classification", "question-answering", "multiple-choice", "cloze")
 OF_TOKENS = ("token-classification", "question-answering")        # tasks whose head reads every token, and no pooler
 OUTPUTS = {"question-answering": 2, "multiple-choice": 1}         # heads whose size is not the number of classes
-CLOZE_FAMILIES = ("glm",)            # whose language-model head is its tied word embeddings; others load masked_lm.py's
 
 
 class PromptedModel(nn.Module):
@@ -125,8 +124,8 @@ class PromptedModel(nn.Module):
                               "dtype=torch.bfloat16, frozen_dtype='int8' or 'nf4', or stream_weights='host' (ptv2 memory plans "
                               "it).") from error
         encoder.set_memory(memory)
-        if task == "cloze" and encoder.config.family not in CLOZE_FAMILIES:
-            options.setdefault("masked_lm", load_masked_lm_head(source, dtype=encoder.dtype, device=encoder.device))
+        if task == "cloze" and "masked_lm" not in options:
+            options["masked_lm"] = masked_lm_for(encoder, source)
         model = cls(encoder, origin, prompt or PromptConfig(), task=task, num_labels=num_labels, id2label=id2label, **options)
         return model.eval()
 
@@ -242,11 +241,8 @@ class PromptedModel(nn.Module):
         if input_ids is None:
             raise InputError("input_ids is missing; pass the tokenizer's output (inputs_embeds is not taken).")
         if self.task == "multiple-choice" and input_ids.dim() == 3:            # transformers' layout: [B, C, S]
-            choice_counts = input_ids.new_full(input_ids.shape[:1], input_ids.shape[1])
             prompt_ids = None if prompt_ids is None else prompt_ids.repeat_interleave(input_ids.shape[1])
-            attention_mask, token_type_ids = (
-                None if t is None else t.flatten(0, 1) for t in (attention_mask, token_type_ids))
-            input_ids = input_ids.flatten(0, 1)
+            choice_counts, input_ids, attention_mask, token_type_ids = flat_choices(input_ids, attention_mask, token_type_ids)
         batch = self.packed_batch(input_ids, attention_mask, token_type_ids, prompt_ids, seq_lengths, max_seqlen)
         if causal_from is not None or position_ids is not None:
             if self.encoder.config.family not in CLOZE_FAMILIES:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from ptv2_engine.adapter import DATA_SETS, POOLED, TENSORS, fill, read_tensors, replace_file
+from ptv2_engine.adapter import DATA_SETS, POOLED, TENSORS, refill, replace_file
 from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler
 from ptv2_engine.errors import AdapterError, ConfigError, InputError
 from ptv2_engine.model import PromptedModel
@@ -154,7 +154,7 @@ class MultiTaskModel(nn.Module):
         for name, member in self.members.items():
             if not (folder / name / TENSORS).is_file():
                 raise AdapterError(f"{folder} holds no adapter of the data set {name}; it was saved with other data sets.")
-            fill(member, read_tensors(folder / name / TENSORS)[0], folder / name)
+            refill(member, folder / name)
 
 
 def _examples(part: Mapping[str, Any]) -> int:

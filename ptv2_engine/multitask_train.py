@@ -34,22 +34,23 @@ from ptv2_engine.cli_train import (
     best_candidate,
     check_arguments,
     check_trainer_flags,
+    features_of,
     load_tokenizer,
     make_model,
     picks,
+    settle_evaluation,
     text_length,
     trained_parameters,
     write_settings,
 )
 from ptv2_engine.errors import ConfigError
-from ptv2_engine.masked_lm import load_masked_lm_head
-from ptv2_engine.model import CLOZE_FAMILIES
+from ptv2_engine.masked_lm import masked_lm_for
 from ptv2_engine.multitask import MultiTaskBatchSampler, MultiTaskCollator, MultiTaskModel
 from ptv2_engine.presets import flags_of, read_yaml
 from ptv2_engine.progress import show_progress
 from ptv2_engine.tasks.base import Feature, Task, as_features
 from ptv2_engine.tasks.data import Table
-from ptv2_engine.trainer import Trainer, check_writable
+from ptv2_engine.trainer import Trainer, check_writable, label_names_of
 
 
 @dataclass
@@ -65,8 +66,7 @@ class DataSet:
 
     def tokenise(self, tokenizer: Any, prompt_length: int, model: Any) -> None:
         self.max_length = text_length(self.arguments, prompt_length, model)
-        self.features = {split: self.task.features(table, tokenizer, self.max_length, training=split == "train")
-                         for split, table in self.tables.items() if split == "train" or self.task.has_labels(table)}
+        self.features = features_of(self.task, self.tables, tokenizer, self.max_length)
 
 
 class MultiTaskTrainer(Trainer):
@@ -111,7 +111,7 @@ class MultiTaskTrainer(Trainer):
         rows = [f | {"data_set": d} for f in as_features(data_set.features[split])]
         self.compute_metrics = data_set.task.metrics(data_set.tables[split], data_set.features[split])
         self._eval_dataloaders: dict[str, Any] = {}          # transformers keeps one for all where workers persist
-        self.label_names = ["start_positions", "end_positions"] if data_set.task.kind == "span" else ["labels"]
+        self.label_names = label_names_of(data_set.task.model_task)
         self.preprocess_logits_for_metrics = best_candidate if picks(data_set.task) else None
         return super().evaluate(cast(Any, rows), metric_key_prefix=prefix)
 
@@ -179,8 +179,8 @@ def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_
     others = {s.name: {"task": s.task.model_task, "pooler": model_args.pooler} | s.task.model_options(tokenizer)
               for s in sets[1:]}
     for s in sets[1:]:
-        if s.task.kind == "cloze" and first.encoder.config.family not in CLOZE_FAMILIES:
-            others[s.name]["masked_lm"] = load_masked_lm_head(source, dtype=first.dtype, device=first.device)
+        if s.task.kind == "cloze":
+            others[s.name]["masked_lm"] = masked_lm_for(first.encoder, source)
     model = MultiTaskModel.from_first(sets[0].name, first, others)
     if model_args.hidden_dropout_prob is not None:
         model.set_hidden_dropout(model_args.hidden_dropout_prob)
@@ -191,10 +191,7 @@ def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_
         (output / data_set.name).mkdir(parents=True, exist_ok=True)
         write_settings(output / data_set.name, data_set.task, data_set.max_length, data_set.arguments)
         own.save_pretrained(output / data_set.name)
-    if not any("validation" in s.features for s in sets):
-        args.eval_strategy, args.do_eval = transformers.trainer_utils.IntervalStrategy.NO, False
-    if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
-        args.metric_for_best_model, args.greater_is_better = "eval_mean", True
+    settle_evaluation(args, any("validation" in s.features for s in sets), "eval_mean")
     trainer = MultiTaskTrainer(model, args, sets, temperature=temperature, mix=mix, processing_class=tokenizer,
                                head_learning_rate=prompt_args.head_learning_rate, epoch_decay=prompt_args.epoch_decay or None)
     show_progress(trainer, ", ".join(model.names))

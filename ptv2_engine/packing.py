@@ -157,6 +157,15 @@ def from_packed(input_ids_T: Tensor, seq_lengths: Tensor, token_type_ids_T: Tens
                        grid_T=owner * max_seqlen + column, shape=(B, max_seqlen), num_positions=max_seqlen)
 
 
+def flat_choices(input_ids_BCS: Tensor, mask_BCS: Tensor | None,
+                 types_BCS: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """transformers' multiple choice as sequences: the choices of each example [B], then the ids, the attention mask and the token
+    types [B * C, S]."""
+    counts = input_ids_BCS.new_full(input_ids_BCS.shape[:1], input_ids_BCS.shape[1])
+    mask, types = (None if t is None else t.flatten(0, 1) for t in (mask_BCS, types_BCS))
+    return counts, input_ids_BCS.flatten(0, 1), mask, types
+
+
 def rows_of(x: Tensor, batch: PackedBatch, name: str) -> Tensor:
     """A value a token, int64 [T], from the caller's padded [B, S] or packed [T]. Raises InputError for other shapes."""
     if x.shape == batch.shape:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ptv2_engine.adapter import TENSORS, fill, read_config, read_tensors, replace_file
+from ptv2_engine.adapter import refill, replace_file
 from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler, sequences_of, split_inputs, without_padding
-from ptv2_engine.errors import AdapterError, ConfigError, DataError, NonFiniteLoss, OutOfMemory, OutputError
+from ptv2_engine.errors import ConfigError, DataError, NonFiniteLoss, OutOfMemory, OutputError
 from ptv2_engine.model import PromptedModel
 from ptv2_engine.optim import add_back, parameter_groups, set_aside
 from ptv2_engine.prompt import PromptConfig
@@ -91,7 +91,7 @@ class Trainer(transformers.Trainer):
         self._plan(model, args, train_dataset, plan_memory, auto_batch)
         args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
         if args.label_names is None:
-            args.label_names = ["start_positions", "end_positions"] if model.task == "question-answering" else ["labels"]
+            args.label_names = label_names_of(model.task)
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
                          eval_dataset=eval_dataset, **kwargs)
         self.tokens_seen = 0
@@ -188,7 +188,7 @@ class Trainer(transformers.Trainer):
         decay, over = self.epoch_decay, optimizer or self.optimizer
         assert over is not None
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            over, lambda step: min(1.0, step / max(warmup, 1) if warmup else 1.0) * decay ** (step // steps))
+            over, lambda step: (min(1.0, step / warmup) if warmup else 1.0) * decay ** (step // steps))
         return self.lr_scheduler
 
     def _steps_an_epoch(self, num_training_steps: int) -> int:
@@ -238,19 +238,17 @@ class Trainer(transformers.Trainer):
         load_adapter_into(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
 
+def label_names_of(task: str) -> list[str]:
+    """A batch's keys that hold what the model is to say."""
+    return ["start_positions", "end_positions"] if task == "question-answering" else ["labels"]
+
+
 def load_adapter_into(model: Any, folder: str | Path) -> None:
     """Copy a saved adapter's prompt and head into a model of the same configuration. Raises AdapterError."""
     if not isinstance(model, PromptedModel):                # an outside reference
         model.load_adapter(folder)
         return
-    tensors, metadata = read_tensors(Path(folder) / TENSORS)
-    own = read_config(Path(folder), metadata).get("ptv2", {})
-    labels = {int(i): name for i, name in own.get("id2label", {}).items()}
-    if own and (own.get("task"), labels) != (model.task, model.id2label):
-        raise AdapterError(f"{folder} was trained for {own.get('task')} with the labels {', '.join(map(str, labels.values()))}, "
-                           f"but this model is for {model.task} with {', '.join(map(str, model.id2label.values()))}; resume with "
-                           "the data it was trained on.")
-    fill(model, tensors, Path(folder))
+    refill(model, Path(folder))
 
 
 def check_writable(folder: str | Path) -> None:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ptv2_engine.encoder.weights import random_encoder
 from ptv2_engine.errors import ConfigError
-from ptv2_engine.masked_lm import empty_masked_lm
+from ptv2_engine.masked_lm import CLOZE_FAMILIES, empty_masked_lm
 from ptv2_engine.memory.setup import DTYPES, Setup, title_of
 from ptv2_engine.memory.tracker import (
     BATCH,
@@ -29,7 +29,7 @@ from ptv2_engine.memory.tracker import (
     Peak,
     mark_gradients,
 )
-from ptv2_engine.model import CLOZE_FAMILIES, OUTPUTS, PromptedModel
+from ptv2_engine.model import OUTPUTS, PromptedModel
 from ptv2_engine.ops import planned_for
 from ptv2_engine.optim import adamw, add_back, set_aside, state_tensors
 

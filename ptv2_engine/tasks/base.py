@@ -126,6 +126,14 @@ def settings_of(task: Task) -> dict[str, Any]:
     return {"kind": task.kind} | task.settings()
 
 
+def named_columns(task: Task) -> tuple[list[str], str]:
+    """(columns with text, label column) that a task's settings name; a cloze pattern names no texts."""
+    found = task.settings()
+    singles = [found[name] for name in ("words_column", "question_column", "context_column") if found.get(name)]
+    texts = [*(found.get("text_columns") or []), *singles, *(found.get("choice_columns") or [])]
+    return texts, found.get("answers_column") or found.get("label_column") or "label"
+
+
 def refuse_problems(task: Task, table: Table, labelled: bool = True, training: bool = False, shown: int = 5) -> None:
     """Raises DataError with the first few problems of a table by row number, and how many there are."""
     found = list(task.problems(table, labelled)) or (list(task.training_problems(table)) if training else [])
@@ -135,6 +143,6 @@ def refuse_problems(task: Task, table: Table, labelled: bool = True, training: b
         raise DataError(f"{table.source}: {lines}{more}. Correct the file (ptv2 data check shows it all).")
 
 
-def as_features(features: Sequence[Feature], keys: Sequence[str] = ("row", "word_ids", "offsets", "words")) -> list[Feature]:
+def as_features(features: Sequence[Feature], keys: Sequence[str] = ("row", "word_ids", "offsets")) -> list[Feature]:
     """Features without what only metrics and answers need."""
     return [{name: value for name, value in feature.items() if name not in keys} for feature in features]

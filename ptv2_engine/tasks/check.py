@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ptv2_engine.errors import DataError, LabelError
-from ptv2_engine.tasks.base import Feature, Task
+from ptv2_engine.tasks.base import Feature, Task, named_columns
 from ptv2_engine.tasks.choices import ChoiceTask
 from ptv2_engine.tasks.data import Table
 from ptv2_engine.tasks.features import plain_label
@@ -118,10 +118,7 @@ def check(table: Table, task: Task, tokenizer: Any = None, max_seq_length: int =
 
 def columns_of(task: Task, table: Table) -> tuple[list[str], str]:
     """(columns with text, label column) of any task, from the names in its settings. A cloze pattern may read every column."""
-    settings = task.settings()
-    label = settings.get("answers_column") or settings.get("label_column") or "label"
-    singles = [settings[name] for name in ("words_column", "question_column", "context_column") if settings.get(name)]
-    texts = [*(settings.get("text_columns") or []), *singles, *(settings.get("choice_columns") or [])]
+    texts, label = named_columns(task)
     if not texts:
         texts = [c for c in table.columns if c not in (label, "idx", "id")
                  and any(isinstance(row.get(c), (str, list, dict)) for row in table.rows[:20])]

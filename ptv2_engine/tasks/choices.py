@@ -11,7 +11,7 @@ import numpy as np
 from ptv2_engine.errors import ConfigError, DataError, LabelError
 from ptv2_engine.tasks.base import Feature, Metrics, Task
 from ptv2_engine.tasks.data import Table
-from ptv2_engine.tasks.metrics import scores_of
+from ptv2_engine.tasks.metrics import best_of, scores_of
 from ptv2_engine.tasks.sequences import most_likely
 
 
@@ -115,13 +115,10 @@ class ChoiceTask(Task):
 
     def metrics(self, table: Table, features: Sequence[Feature]) -> Metrics:
         labels = np.array([feature["labels"] for feature in features])
-        counts = np.array([len(feature["input_ids"]) for feature in features])
+        counts = [len(feature["input_ids"]) for feature in features]
 
         def accuracy(prediction: Any) -> dict[str, float]:
-            scores_BC = scores_of(prediction)
-            # what fills a short row is -10000 from the model, but -100 where batches of different width were put together
-            real_BC = np.arange(scores_BC.shape[1]) < counts[:, None]
-            return {"accuracy": float((np.where(real_BC, scores_BC, -np.inf).argmax(-1) == labels).mean())}
+            return {"accuracy": float((best_of(scores_of(prediction), counts) == labels).mean())}
         return accuracy
 
     def answers(self, table: Table, features: Sequence[Feature], logits: Sequence[Any]) -> list[dict[str, Any]]:

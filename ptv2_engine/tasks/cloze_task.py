@@ -20,7 +20,8 @@ from ptv2_engine.tasks.cloze import (
 )
 from ptv2_engine.tasks.cloze_patterns import Blank, Row, known_label
 from ptv2_engine.tasks.data import Table
-from ptv2_engine.tasks.metrics import class_scores, multirc_scores, scores_of, text_scores
+from ptv2_engine.tasks.metrics import best_of, class_scores, multirc_scores, scores_of, text_scores
+from ptv2_engine.tasks.sequences import most_likely
 
 
 class ClozeTask(Task):
@@ -131,9 +132,8 @@ class ClozeTask(Task):
             row, scores = rows[feature["row"]], np.asarray(scores, dtype=np.float64)
             names = self._answers_of(row)
             scores = scores[:len(names)]               # a batch's rows are padded to its most candidates
-            best = int(scores.argmax())
-            shown = {"text": self._text(row), "label": names[best],
-                     "probability": float(1 / np.exp(scores - scores.max()).sum())}
+            best, probability = most_likely(scores)
+            shown = {"text": self._text(row), "label": names[best], "probability": probability}
             found.append(shown | {"index": best} if self.has_candidates else shown)
         return found
 
@@ -172,8 +172,7 @@ def _best(prediction: Any, counts: Sequence[int]) -> np.ndarray:
     scores = scores_of(prediction)
     if scores.ndim == 1:
         return scores.astype(np.int64)
-    there_BC = np.arange(scores.shape[1]) < np.array(counts)[:, None]
-    return np.where(there_BC, scores, -np.inf).argmax(-1)
+    return best_of(scores, counts)
 
 
 def _one_hot(best_B: np.ndarray, count: int) -> np.ndarray:

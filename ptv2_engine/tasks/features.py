@@ -24,7 +24,7 @@ class Labels:
         if not values:
             raise DataError(f"{source} has 0 labels; check the file.")
         if isinstance(values[0], (list, tuple)):
-            return cls("tags", sorted({str(t) for tags in values for t in tags}, key=lambda t: (t != "O", t[2:], t)))
+            return cls("tags", in_order({str(t) for tags in values for t in tags}))
         if any(_is_fraction(v) for v in values):
             return cls("values", [])
         return cls(
@@ -61,6 +61,11 @@ class Labels:
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.names)}
+
+
+def in_order(names: set[str]) -> list[str]:
+    """"O", then types with their prefixes side by side: O, B-LOC, I-LOC, B-PER, ..."""
+    return sorted(names, key=lambda name: (name != "O", name[2:], name))
 
 
 def plain_label(value: Any) -> str:

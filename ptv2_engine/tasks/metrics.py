@@ -33,6 +33,13 @@ def scores_of(prediction: Any) -> np.ndarray:
     return np.asarray(scores[0] if isinstance(scores, (tuple, list)) else scores)
 
 
+def best_of(scores_BC: np.ndarray, counts_B: Sequence[int]) -> np.ndarray:
+    """int [B]: each row's best among its first `counts_B` scores; those behind are padding, from the model (-10000) or from where
+    batches of different width were put together (-100)."""
+    there_BC = np.arange(scores_BC.shape[1]) < np.asarray(counts_B)[:, None]
+    return np.where(there_BC, scores_BC, -np.inf).argmax(-1)
+
+
 def class_scores(scores_BC: np.ndarray, labels_B: np.ndarray, extra: Sequence[str] = ()) -> dict[str, float]:
     """Accuracy, and what `extra` names: f1 of class 1, macro f1, Matthews correlation."""
     predicted = scores_BC.argmax(-1)
@@ -110,17 +117,26 @@ def _average_ranks(x: np.ndarray) -> np.ndarray:
 
 def entity_scores(scores_BSC: np.ndarray, labels_BS: np.ndarray, names: list[str]) -> dict[str, float]:
     """seqeval's entity precision, recall and F1 over the first sub-words (CoNLL's evaluation)."""
-    try:
-        from seqeval.metrics import f1_score, precision_score, recall_score
-    except ImportError:
-        raise DataError("entity F1 needs seqeval; pip install 'ptv2_engine[train]'.") from None
     predicted = scores_BSC.argmax(-1)
     truth, guess = [], []
     for label_row, guess_row in zip(labels_BS, predicted, strict=True):
         keep = label_row != IGNORE
         truth.append([names[i] for i in label_row[keep]])
         guess.append([names[i] for i in guess_row[keep]])
-    right = sum(t == g for ts, gs in zip(truth, guess, strict=True) for t, g in zip(ts, gs, strict=True))
-    total = sum(map(len, truth))
-    return {"f1": float(f1_score(truth, guess)), "precision": float(precision_score(truth, guess)),
-            "recall": float(recall_score(truth, guess)), "accuracy": right / max(total, 1)}
+    return seqeval_scores(truth, guess) | {"accuracy": word_accuracy(truth, guess)}
+
+
+def seqeval_scores(truth: list[list[str]], guesses: list[list[str]]) -> dict[str, float]:
+    """seqeval's micro precision, recall and F1 of spans, 0 where there is none. Raises DataError without seqeval."""
+    try:
+        from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+    except ImportError:
+        raise DataError("entity F1 needs seqeval; pip install 'ptv2_engine[train]'.") from None
+    precision, recall, f1, _ = precision_recall_fscore_support(truth, guesses, average="micro", zero_division=0)
+    return {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
+
+
+def word_accuracy(truth: list[list[str]], guesses: list[list[str]]) -> float:
+    """The share of words with the right tag."""
+    right = sum(t == g for ts, gs in zip(truth, guesses, strict=True) for t, g in zip(ts, gs, strict=True))
+    return right / max(sum(map(len, truth)), 1)

@@ -11,7 +11,8 @@ from typing import Any
 from ptv2_engine.errors import DataError
 from ptv2_engine.tasks.base import Benchmark
 from ptv2_engine.tasks.data import Table
-from ptv2_engine.tasks.tags import TagTask, in_order
+from ptv2_engine.tasks.features import in_order
+from ptv2_engine.tasks.tags import TagTask
 
 _WORDS, _TAGS = ("words", "tokens"), ("tags", "ner_tags")
 # tner/ontonotes5 has numbers for tags, in this order

@@ -16,7 +16,8 @@ from ptv2_engine.packing import IGNORE
 from ptv2_engine.tasks.base import Feature, Metrics, Task
 from ptv2_engine.tasks.conll import is_tag
 from ptv2_engine.tasks.data import Table
-from ptv2_engine.tasks.metrics import scores_of
+from ptv2_engine.tasks.features import in_order
+from ptv2_engine.tasks.metrics import scores_of, seqeval_scores, word_accuracy
 
 _CONTEXT = 0.25        # of a piece's room: words repeated from before the cut
 _BATCH = 1000          # sentences tokenised at once
@@ -189,8 +190,7 @@ class TagTask(Task):
 
         def score(prediction: Any) -> dict[str, float]:
             guesses = self._joined(table, features, scores_of(prediction).argmax(-1))
-            right = sum(t == g for ts, gs in zip(truth, guesses, strict=True) for t, g in zip(ts, gs, strict=True))
-            accuracy = {"accuracy": right / sum(map(len, truth))}
+            accuracy = {"accuracy": word_accuracy(truth, guesses)}
             return span_scores(truth, guesses) | accuracy if self.of_spans else accuracy
 
         return score
@@ -295,11 +295,6 @@ def _firsts(feature: Feature) -> Iterator[tuple[int, int]]:
     return ((i, word) for i, word in enumerate(ids) if word is not None and (i == 0 or ids[i - 1] != word))
 
 
-def in_order(names: set[str]) -> list[str]:
-    """"O", then types with their prefixes side by side: O, B-LOC, I-LOC, B-PER, ..."""
-    return sorted(names, key=lambda name: (name != "O", name[2:], name))
-
-
 def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """(type, first word, end) of the spans that tags mark, in any of the usual schemes, as seqeval's default mode reads them."""
     found, start = [], 0
@@ -316,15 +311,8 @@ def spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def span_scores(truth: list[list[str]], guesses: list[list[str]]) -> dict[str, float]:
-    """seqeval's micro precision, recall and F1 of spans (0 where there is none); BILOU's and BMES's prefixes as BIOES's, which
-    are the ones it knows."""
-    try:
-        from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
-    except ImportError:
-        raise DataError("entity F1 needs seqeval; pip install 'ptv2_engine[train]'.") from None
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        *([[_bioes(tag) for tag in tags] for tags in part] for part in (truth, guesses)), average="micro", zero_division=0)
-    return {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
+    """seqeval's scores of spans; BILOU's and BMES's prefixes as BIOES's, which are the ones it knows."""
+    return seqeval_scores(*([[_bioes(tag) for tag in tags] for tags in part] for part in (truth, guesses)))
 
 
 def _bioes(tag: str) -> str:
