@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ptv2_engine import cli_args, presets
+from ptv2_engine.cli_tables import load_data
 from ptv2_engine.encoder import FAMILIES
 from ptv2_engine.encoder.checkpoints import model_config
 from ptv2_engine.errors import ConfigError
@@ -22,6 +23,8 @@ Flags = dict[str, list[str]]           # a flag of ptv2 train -> its values as w
 DEPTHS, FIGURES, AT = ("ascending", "descending"), ("depth", "length", "reparameterization", "cells"), ("best", "last", "test")
 _OWN = ("vary", "cells", "seeds", "depth", "depth_steps", "metric", "at", "figure", "jobs")
 _STEPS = 6                             # prompted depths a figure has unless --depth_steps says which
+_SIZES = {"max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"}      # of the same data
+_ALWAYS = ("loss", "runtime", "samples_per_second", "steps_per_second")       # what transformers measures beside the metrics
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Grid:
     figures: list[str]
     jobs: int
     dry_run: bool
+    overwrite: bool
     notes: list[str]
 
 
@@ -76,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
     add("grid", help="YAML: flags of ptv2 train, vary: {flag: [values]}, cells: [{flag: value}], seeds: [...]; or the name of a "
         f"packaged grid ({', '.join(name for name, _ in presets.list_grids())})")
     add("output_dir", help="results.json, table.md, figures, and cells/<cell>/seed-<n> for each run")
-    add("vary", nargs="+", default=[], metavar="FLAG=A,B", help="such as prompt_length=4,8,16 reparameterization=none,mlp")
+    add("vary", nargs="+", action="extend", default=[], metavar="FLAG=A,B", help="such as prompt_length=4,8,16 "
+        "reparameterization=none,mlp; values with a comma, and flags that take several, go into a --grid file")
     add("seeds", help="such as 1,2,3; default: the one seed of ptv2 train")
     add("depth", nargs="+", help="prompts in layers 1..k (ascending), in layers L-k+1..L (descending); both words for both")
     add("depth_steps", help=f"which k, such as 4,8,12; default: {_STEPS} even steps")
@@ -85,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     add("figure", nargs="+", choices=("auto", "none", *FIGURES), help="default: auto, what the varied flags allow")
     add("jobs", type=int, help="runs at a time; default 1")
     add("dry_run", action="store_true", help="print the runs and stop")
+    add("overwrite_output_dir", action="store_true", help="train again where the output folder holds runs of other settings")
     return made
 
 
@@ -106,6 +112,8 @@ def parse(argv: Sequence[str]) -> Grid:
     seed = base.pop("seed", ["42"])[0]
     seeds = _numbers("seeds", ask.get("seeds", [seed]), least=0)
     vary = _vary(ask.get("vary", []))
+    if "depth_steps" in ask and "depth" not in ask:
+        raise ConfigError(f"--depth_steps {ask['depth_steps']} says which k --depth has; add --depth ascending or descending.")
     if "depth" in ask:
         vary |= _depths(ask["depth"], ask.get("depth_steps"), base, vary)
     cells = _cells(base, vary, ask.get("cells", []))
@@ -118,7 +126,8 @@ def parse(argv: Sequence[str]) -> Grid:
              f"{', '.join(FIGURES)}")):
         if not fine:
             raise ConfigError(f"{sentence}.")
-    grid = Grid(cells, seeds, base, Path(output_dir), ask.get("metric"), at, figures, jobs, args.dry_run, notes)
+    grid = Grid(cells, seeds, base, Path(output_dir), ask.get("metric"), at, figures, jobs, args.dry_run,
+                args.overwrite_output_dir, notes)
     _check(grid)
     return grid
 
@@ -142,6 +151,8 @@ def _vary(asked: Any) -> dict[str, list[list[str]]]:
                               + ("use --seeds 1,2,3." if flag == "seed" else "each run has a folder of its own."))
         if not chosen:
             raise ConfigError(f"--vary {flag} has 0 values; give at least one.")
+        if flag in vary:
+            raise ConfigError(f"--vary {flag} is there twice; give all its values at once, as {flag}=A,B,...")
         vary[flag] = chosen
     return vary
 
@@ -181,23 +192,21 @@ def _cells(base: Flags, vary: dict[str, list[list[str]]], listed: Any) -> list[C
     # a flag whose default is None is left out for "none": reparameterization=none,mlp
     optional = {f.name for group in cli_args.GROUPS for f in dataclasses.fields(group) if f.default is None}
     cells: dict[str, Cell] = {}
-    names: set[str] = set()
     for values in combined:
         off = {name for name, words in values.items() if name in optional and words in (["none"], ["None"], ["null"])}
         flags = {name: words for name, words in (base | values).items() if name not in off}
         varied = {name: "none" if name in off else " ".join(words) for name, words in values.items()}
-        key = json.dumps(sorted(flags.items()))
-        name = _folder_name(varied)
-        if name in names and key not in cells:
-            name = f"{name}~{hashlib.sha256(key.encode()).hexdigest()[:6]}"
-        cells.setdefault(key, Cell(name, varied, flags))
-        names.add(name)
+        cells.setdefault(json.dumps(sorted(flags.items())), Cell(_folder_name(values), varied, flags))
     return list(cells.values())
 
 
-def _folder_name(varied: dict[str, str]) -> str:
-    name = ",".join(f"{flag}={re.sub(r'[^A-Za-z0-9_.+-]+', '_', value)}" for flag, value in varied.items()) or "base"
-    return name if len(name) <= 120 else f"{name[:100]}~{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+def _folder_name(values: Flags) -> str:
+    """A cell's, whatever other cells there are; where it cannot spell the values it ends in a digest of them."""
+    name = ",".join(f"{flag}={re.sub(r'[^A-Za-z0-9_.+-]+', '_', ' '.join(words))}" for flag, words in values.items()) or "base"
+    if len(name) <= 120 and all(re.fullmatch(r"[A-Za-z0-9_.+-]+", word) and len(words) == 1
+                                for words in values.values() for word in words):
+        return name
+    return f"{name[:100]}~{hashlib.sha256(json.dumps(list(values.items())).encode()).hexdigest()[:10]}"
 
 
 def _check(grid: Grid) -> None:
@@ -212,6 +221,40 @@ def _check(grid: Grid) -> None:
     for figure, flag in (("depth", "prompt_layers"), ("length", "prompt_length"), ("reparameterization", "reparameterization")):
         if figure in grid.figures and len({cell.varied.get(flag) for cell in grid.cells}) < 2:
             raise ConfigError(f"--figure {figure} needs cells that differ in {flag}; add --vary {flag}=A,B.")
+
+
+def check_data(grid: Grid, cells: Iterable[Cell]) -> None:
+    """Read the data of cells that are to run, each data set once: that it can be trained on, and that it is scored as asked.
+
+    Raises ConfigError, DataError.
+    """
+    named = {f.name for f in dataclasses.fields(cli_args.DataArguments)} - _SIZES | {"eval_strategy", "config", "preset"}
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        first.setdefault(json.dumps(sorted((flag, words) for flag, words in cell.flags.items() if flag in named)), cell)
+    split = "test" if grid.at == "test" else "validation"
+    for cell in first.values():
+        _, data, _, training, _ = cli_args.parse_train(cell.words(grid.seeds[0], grid.output_dir))
+        if data.multi_task is not None:
+            raise ConfigError(f"--multi_task {data.multi_task} has a metric for each data set, but a grid compares one; give the "
+                              "data set alone, or run ptv2 train for each setting.")
+        if split == "validation" and training.eval_strategy == "no":
+            raise ConfigError("--eval_strategy no measures nothing on validation data; leave it out, or use --at test.")
+        tables, task = load_data(data)
+        if split not in tables or not task.has_labels(tables[split]):
+            of = data.dataset_name or tables["train"].source
+            what = f"there is no {split} data" if split not in tables else f"the {split} data has no labels"
+            way = "use --at best" if split == "test" else "use --at test"
+            raise ConfigError(f"--at {grid.at} is a score on {split} data, but {what} beside the training data of {of}; "
+                              + (way if data.dataset_name else f"give --{split}_file with labels, or {way}") + ".")
+        known = (*task.metric_names(), *_ALWAYS)
+        if grid.metric is not None and _bare(grid.metric) not in known:
+            raise ConfigError(f"--metric {grid.metric} is not among what the runs measure ({', '.join(known)}); choose one of "
+                              "them.")
+
+
+def _bare(metric: Any) -> str:
+    return str(metric).removeprefix("eval_").removeprefix("test_")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -60,6 +60,7 @@ class ModelArguments:
     auto_batch: bool = field(default=False, metadata={
         "help": "lower the micro-batch to what fits, and accumulate gradients so that the batch stays"})
     plan_memory: bool = field(default=True, metadata={"help": "plan before training, and refuse what does not fit"})
+    cuda_graphs: bool = field(default=True, metadata={"help": "on a GPU, replay training steps as CUDA graphs where that works"})
 
 
 @dataclass

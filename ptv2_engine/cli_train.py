@@ -156,7 +156,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
                       processing_class=tokenizer, preprocess_logits_for_metrics=best_candidate if picks(task) else None,
                       compute_metrics=task.metrics(tables["validation"], features["validation"]) if validates else None,
                       head_learning_rate=prompt_args.head_learning_rate, epoch_decay=decay_of(prompt_args, task),
-                      auto_batch=model_args.auto_batch, plan_memory=model_args.plan_memory)
+                      auto_batch=model_args.auto_batch, plan_memory=model_args.plan_memory,
+                      cuda_graphs=model_args.cuda_graphs)
     show_progress(trainer, data_args.dataset_name or Path(tables["train"].source).stem)
     print(f"task: {described(task)}")
     full = sum(max(map(len, sequences_of(feature))) >= max_length for feature in features["train"])

@@ -124,7 +124,7 @@ def train_one(run: Run, features: dict[str, list[dict[str, Any]]], tokenizer: An
     from ptv2_engine import PromptConfig, PromptedModel, Trainer
     from ptv2_engine.progress import show_progress
     from ptv2_engine.tasks.metrics import metrics_for
-    from ptv2_engine.trainer import peak_memory_bytes, reset_peak_memory
+    from ptv2_engine.throughput import peak_memory_bytes, reset_peak_memory
 
     gc.collect()
     reset_peak_memory()

@@ -190,11 +190,12 @@ class PromptedModel(nn.Module):
 
     def packed_batch(self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
                      prompt_ids: Tensor | None = None, seq_lengths: Tensor | None = None,
-                     max_seqlen: int | None = None) -> PackedBatch:
+                     max_seqlen: int | None = None, spare_tokens: bool = False) -> PackedBatch:
         """Pack padded ids [B, S], or wrap ids [T] that come packed with seq_lengths [B]. Raises InputError."""
         uncounted = self.encoder.config.uncounted_id
         if seq_lengths is not None:
-            return from_packed(input_ids, seq_lengths, token_type_ids, prompt_ids, max_seqlen=max_seqlen, uncounted_id=uncounted)
+            return from_packed(input_ids, seq_lengths, token_type_ids, prompt_ids, max_seqlen=max_seqlen,
+                               uncounted_id=uncounted, spare_tokens=spare_tokens)
         return pack(input_ids, attention_mask, token_type_ids, prompt_ids, uncounted_id=uncounted)
 
     def hidden_states(self, batch: PackedBatch, seed: Tensor | None = None, first_tokens_only: bool = False,
@@ -219,12 +220,14 @@ class PromptedModel(nn.Module):
                 position_ids: Tensor | None = None, candidate_ids: Tensor | None = None, target_ids: Tensor | None = None,
                 start_positions: Tensor | None = None, end_positions: Tensor | None = None, choice_counts: Tensor | None = None,
                 max_choices: int | None = None, mask_positions: Tensor | None = None,
-                num_items_in_batch: int | Tensor | None = None, seed: Tensor | None = None, return_dict: bool = True) -> Any:
+                num_items_in_batch: int | Tensor | None = None, seed: Tensor | None = None, spare_tokens: bool = False,
+                return_dict: bool = True) -> Any:
         """transformers' forward.
 
         Arguments:
             input_ids: [B, S] with attention_mask and token_type_ids [B, S], or packed [T] with seq_lengths [B] (and
-                max_seqlen, an int that spares a read-back from the GPU). Multiple choice: [B, C, S], or choice_counts [B] of the
+                max_seqlen, an int that spares a read-back from the GPU; with spare_tokens more tokens than the sequences have
+                may stand there, which are padding). Multiple choice: [B, C, S], or choice_counts [B] of the
                 sequences that are choices of one example (and max_choices, the largest).
             labels: [B] classes or values, [B, C] multi-label; [B, S] for token classification with -100 ignored;
                 [B] the right choice. start_positions, end_positions: [B] tokens of the answer, for question answering.
@@ -243,7 +246,7 @@ class PromptedModel(nn.Module):
         if self.task == "multiple-choice" and input_ids.dim() == 3:            # transformers' layout: [B, C, S]
             prompt_ids = None if prompt_ids is None else prompt_ids.repeat_interleave(input_ids.shape[1])
             choice_counts, input_ids, attention_mask, token_type_ids = flat_choices(input_ids, attention_mask, token_type_ids)
-        batch = self.packed_batch(input_ids, attention_mask, token_type_ids, prompt_ids, seq_lengths, max_seqlen)
+        batch = self.packed_batch(input_ids, attention_mask, token_type_ids, prompt_ids, seq_lengths, max_seqlen, spare_tokens)
         if causal_from is not None or position_ids is not None:
             if self.encoder.config.family not in CLOZE_FAMILIES:
                 raise InputError(f"causal_from and position_ids are GLM's, but this backbone is {self.encoder.config.family}; "

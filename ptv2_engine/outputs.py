@@ -16,7 +16,7 @@ from ptv2_engine.cloze import ABSENT
 from ptv2_engine.errors import InputError, LabelError
 from ptv2_engine.heads import classification_loss
 from ptv2_engine.ops import readable
-from ptv2_engine.packing import IGNORE, PackedBatch, unpack
+from ptv2_engine.packing import IGNORE, PackedBatch, cells, unpack
 
 
 class Targets(NamedTuple):
@@ -82,7 +82,7 @@ def _packed_labels(labels: Tensor | None, batch: PackedBatch) -> Tensor | None:
     if labels.shape != batch.shape:
         raise InputError(f"labels are {tuple(labels.shape)}, but the batch is {batch.shape}; "
                          "pad them with -100 to one label a token.")
-    return labels.flatten()[batch.grid_T]
+    return cells(labels, batch, IGNORE)
 
 
 def _spans(scores_T2: Tensor, batch: PackedBatch, targets: Targets, num_items: int | Tensor | None) -> Scored:
@@ -104,7 +104,7 @@ def _position_loss(logits_BS: Tensor, positions: Tensor, batch: PackedBatch, nam
     if positions.numel() != B:
         raise LabelError(f"{name}_positions are {tuple(positions.shape)}, but there are {B} sequences; pass one position each.")
     positions = positions.view(-1).long()
-    if readable(positions) and batch.grid_T.numel() < B * S:      # padding in the grid: a target there would be -10000 nats away
+    if readable(positions) and (batch.spare_tokens or batch.grid_T.numel() < B * S):    # a target in padding is -10000 nats away
         _check_real(positions, batch, name)
     positions = positions.clamp(0, S)
     if num_items is None:

@@ -26,6 +26,8 @@ class PackedBatch:
     cu_seqlens: int32 [B+1]. max_seqlen: int. prompt_ids: int64 [B] or None. grid_T: int64 [T], the cell of each token in
     the padded [B * S] grid, with its shape (B, S). num_positions: int, no position_ids_T reaches it; more than max_seqlen
     where masked cells stand before tokens.
+    spare_tokens: whether rows of no sequence may stand behind the last one, which fill a batch up to a size that a CUDA graph was
+    captured for. They are computed and belong to nothing: no sequence reads them, their cell is B * S.
 
     GLM: block_ids_T int64 [T] or None, the second position; causal_from int64 [B] or None, where part B starts;
     first_key_T int64 [T] or None, the first token of part B that a token there sees (see ops.key_ranges).
@@ -43,6 +45,7 @@ class PackedBatch:
     block_ids_T: Tensor | None = None
     causal_from: Tensor | None = None
     first_key_T: Tensor | None = None
+    spare_tokens: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -57,7 +60,9 @@ class PackedBatch:
         return self.cu_seqlens.diff().long()
 
     def sequence_of_token(self) -> Tensor:
-        """int64 [T]: the sequence each token belongs to."""
+        """int64 [T]: the sequence each token belongs to; the last one for spare tokens."""
+        if self.spare_tokens:
+            return _owners(self.cu_seqlens, self.num_tokens).clamp(max=self.num_sequences - 1)
         return torch.repeat_interleave(torch.arange(self.num_sequences, device=self.cu_seqlens.device), self.lengths(),
                                        output_size=self.num_tokens)
 
@@ -125,8 +130,8 @@ def pack(input_ids_BS: Tensor, attention_mask_BS: Tensor | None = None, token_ty
 
 def from_packed(input_ids_T: Tensor, seq_lengths: Tensor, token_type_ids_T: Tensor | None = None,
                 prompt_ids: Tensor | None = None, *, max_seqlen: int | None = None,
-                uncounted_id: int | None = None) -> PackedBatch:
-    """A batch that comes packed: input_ids_T integer [T], seq_lengths integer [B] with sum T.
+                uncounted_id: int | None = None, spare_tokens: bool = False) -> PackedBatch:
+    """A batch that comes packed: input_ids_T integer [T], seq_lengths integer [B] with sum T, or less with spare_tokens.
 
     max_seqlen spares the one read-back from a GPU when the caller knows it (PackedCollator does). Lengths on the host are
     checked; lengths on a GPU are taken on trust.
@@ -139,22 +144,31 @@ def from_packed(input_ids_T: Tensor, seq_lengths: Tensor, token_type_ids_T: Tens
         _check_ids("token_type_ids", token_type_ids_T, 1, "[tokens]")
     T, B, device = input_ids_T.shape[0], seq_lengths.shape[0], input_ids_T.device
     if readable(seq_lengths):
-        _check_lengths(seq_lengths, T, max_seqlen)
+        _check_lengths(seq_lengths, T, max_seqlen, spare_tokens)
     if max_seqlen is None:
         max_seqlen = int(seq_lengths.max()) if B else 0
     seq_lengths = seq_lengths.to(device)
     cu_seqlens = _offsets(seq_lengths.int())
-    owner = torch.repeat_interleave(torch.arange(B, device=device), seq_lengths.long(), output_size=T)
+    if spare_tokens:
+        found = _owners(cu_seqlens, T)
+        owner, spare = found.clamp(max=B - 1), found == B
+    else:
+        owner, spare = torch.repeat_interleave(torch.arange(B, device=device), seq_lengths.long(), output_size=T), None
     column = torch.arange(T, device=device) - cu_seqlens[:-1].long()[owner]
+    grid_T = owner * max_seqlen + column
+    if spare is not None:
+        column, grid_T = torch.where(spare, 0, column), torch.where(spare, B * max_seqlen, grid_T)
     positions_T = column
     if uncounted_id is not None:
         counted = input_ids_T != uncounted_id
         before = torch.cat((counted.new_zeros(1, dtype=torch.long), counted.cumsum(0)))
         positions_T = torch.where(counted, before[1:] - before[cu_seqlens[:-1].long()][owner] - 1, -1)
+        if spare is not None:
+            positions_T = torch.where(spare, 0, positions_T)
     return PackedBatch(input_ids_T=input_ids_T.long(), position_ids_T=positions_T,
                        token_type_ids_T=None if token_type_ids_T is None else token_type_ids_T.long(), cu_seqlens=cu_seqlens,
                        max_seqlen=max_seqlen, prompt_ids=_check_prompt_ids(prompt_ids, B),
-                       grid_T=owner * max_seqlen + column, shape=(B, max_seqlen), num_positions=max_seqlen)
+                       grid_T=grid_T, shape=(B, max_seqlen), num_positions=max_seqlen, spare_tokens=spare_tokens)
 
 
 def flat_choices(input_ids_BCS: Tensor, mask_BCS: Tensor | None,
@@ -169,11 +183,17 @@ def flat_choices(input_ids_BCS: Tensor, mask_BCS: Tensor | None,
 def rows_of(x: Tensor, batch: PackedBatch, name: str) -> Tensor:
     """A value a token, int64 [T], from the caller's padded [B, S] or packed [T]. Raises InputError for other shapes."""
     if x.shape == batch.shape:
-        return x.flatten()[batch.grid_T].long()
+        return cells(x, batch, 0).long()
     if x.shape != (batch.num_tokens,):
         raise InputError(f"{name} is {tuple(x.shape)}, but the batch is {batch.shape} padded or {(batch.num_tokens,)} packed; "
                          "pass one value a token.")
     return x.long()
+
+
+def cells(x_BS: Tensor, batch: PackedBatch, spare: int) -> Tensor:
+    """[T]: what a [B, S] tensor holds for each token, and `spare` for spare ones."""
+    flat = x_BS.flatten()
+    return (torch.nn.functional.pad(flat, (0, 1), value=spare) if batch.spare_tokens else flat)[batch.grid_T]
 
 
 def with_parts(batch: PackedBatch, causal_from: Tensor | None = None, position_ids: Tensor | None = None,
@@ -220,11 +240,11 @@ def _first_of_candidate(candidates_T: Tensor, batch: PackedBatch) -> Tensor:
     return torch.where(starts, rows, 0).cummax(0).values - batch.cu_seqlens[:-1].long()[owner]
 
 
-def _check_lengths(seq_lengths: Tensor, num_tokens: int, max_seqlen: int | None) -> None:
+def _check_lengths(seq_lengths: Tensor, num_tokens: int, max_seqlen: int | None, spare_tokens: bool) -> None:
     lengths = seq_lengths.tolist()
     if min(lengths, default=0) < 0:
         raise InputError(f"seq_lengths holds {min(lengths)}, but a length is 0 or more; pass the token count of each sequence.")
-    if sum(lengths) != num_tokens:
+    if sum(lengths) > num_tokens or sum(lengths) < num_tokens and not spare_tokens:
         raise InputError(f"seq_lengths add up to {sum(lengths)}, but there are {num_tokens} packed tokens; "
                          "pass the lengths of exactly these sequences.")
     if max_seqlen is not None and max_seqlen < max(lengths, default=0):
@@ -235,8 +255,14 @@ def _check_lengths(seq_lengths: Tensor, num_tokens: int, max_seqlen: int | None)
 def unpack(x_T: Tensor, batch: PackedBatch, fill: float = 0.0) -> Tensor:
     """[T, ...] -> [B, S, ...] in the caller's padded shape; cells without a token hold `fill`. Differentiable."""
     B, S = batch.shape
-    out = x_T.new_full((B * S, *x_T.shape[1:]), fill)
-    return out.index_copy(0, batch.grid_T, x_T).view(B, S, *x_T.shape[1:])
+    out = x_T.new_full((B * S + batch.spare_tokens, *x_T.shape[1:]), fill)
+    return out.index_copy(0, batch.grid_T, x_T)[:B * S].view(B, S, *x_T.shape[1:])
+
+
+def _owners(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """int64 [T]: the sequence each row lies in, B behind the last. Sizes do not depend on values, so that a graph can hold it."""
+    rows = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], rows, right=True)
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -7,23 +7,18 @@ it can reach the weights.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import json
 import logging
 import math
-import resource
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
 from ptv2_engine.adapter import refill, replace_file
 from ptv2_engine.batches import PackedCollator, TokenBalancedBatchSampler, sequences_of, split_inputs, without_padding
@@ -31,6 +26,8 @@ from ptv2_engine.errors import ConfigError, DataError, NonFiniteLoss, OutOfMemor
 from ptv2_engine.model import PromptedModel
 from ptv2_engine.optim import add_back, parameter_groups, set_aside
 from ptv2_engine.prompt import PromptConfig
+from ptv2_engine.throughput import Throughput, num_tokens
+from ptv2_engine.trainer_graphs import GraphedTrainer
 from ptv2_engine.trainer_memory import (
     RandomState,
     check_fits,
@@ -44,7 +41,7 @@ _log = logging.getLogger("ptv2_engine")
 _PIECES = "ptv2_pieces.json"
 
 
-class Trainer(transformers.Trainer):
+class Trainer(GraphedTrainer):
     """transformers.Trainer that knows what is frozen.
 
     Arguments beyond transformers.Trainer's:
@@ -54,6 +51,7 @@ class Trainer(transformers.Trainer):
         epoch_decay: multiply the learning rate by this after every epoch, behind a warm-up if args ask for one, instead of the
             linear decay (0.95 is the published setting for tagging and question answering).
         plan_memory: plan the largest batch before training, and refuse one that does not fit.
+        cuda_graphs: on a GPU replay each step as CUDA graphs (graphed.py); where that cannot be, one line of the log says why.
         auto_batch: lower per_device_train_batch_size to what fits and accumulate gradients over as many more micro-batches.
     A step that runs out of memory all the same is redone in two halves, and so are the steps after it.
     Raises:
@@ -63,7 +61,7 @@ class Trainer(transformers.Trainer):
 
     def __init__(self, model: nn.Module, args: TrainingArguments | None = None, *, prompt: PromptConfig | None = None,
                  task: str | None = None, head_learning_rate: float | None = None, epoch_decay: float | None = None,
-                 plan_memory: bool = True, auto_batch: bool = False,
+                 plan_memory: bool = True, auto_batch: bool = False, cuda_graphs: bool = True,
                  data_collator: Any = None, train_dataset: Any = None, eval_dataset: Any = None, **kwargs: Any) -> None:
         model = _wrapped(model, prompt, task)
         args = copy.copy(args or TrainingArguments("runs/ptv2"))
@@ -94,8 +92,11 @@ class Trainer(transformers.Trainer):
             args.label_names = label_names_of(model.task)
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
                          eval_dataset=eval_dataset, **kwargs)
+        self.settle_graphs(cuda_graphs)
+        # Off, so that a loss that is not finite is seen when it is logged; on, it would also stall every step to look
+        self.args.logging_nan_inf_filter = False
         self.tokens_seen = 0
-        self.add_callback(_Throughput(self))
+        self.add_callback(Throughput(self))
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None,
                         is_training: bool = False, dataloader_key: str | None = None) -> DataLoader:
@@ -109,6 +110,8 @@ class Trainer(transformers.Trainer):
             self.data_collator, description), num_workers=workers, generator=torch.Generator().manual_seed(self.args.seed),
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0)
+        if self.graphs_refused is None:                         # batches reach a graph's inputs from the host
+            return self.accelerator.prepare_data_loader(loader, device_placement=False)
         return self.accelerator.prepare(loader)
 
     def _sampler(self, lengths: list[int], args: TrainingArguments, batch_size: int) -> TokenBalancedBatchSampler:
@@ -140,6 +143,8 @@ class Trainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """transformers' step; where memory runs out, the same step in smaller pieces, and nothing of the failed one is kept."""
+        if (loss := self.graphed_step(model, inputs, num_items_in_batch)) is not None:
+            return loss
         if self.accelerator.num_processes > 1:                  # other processes would wait for the step that failed here
             return super().training_step(model, inputs, num_items_in_batch)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -176,7 +181,7 @@ class Trainer(transformers.Trainer):
             model: Any = self.model
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             groups = parameter_groups(model, self.args.weight_decay, self.head_learning_rate)
-            self.optimizer = cls(groups, **options)
+            self.optimizer = self.graphed_optimizer(cls)(groups, **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -201,7 +206,7 @@ class Trainer(transformers.Trainer):
                      num_items_in_batch: Tensor | int | None = None) -> Any:
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training:
-            self.tokens_seen += _num_tokens(inputs)
+            self.tokens_seen += num_tokens(inputs)
             loss = result[0] if return_outputs else result
             # On the CPU looking at the loss is free; on a GPU it is looked at when it is logged, without stalling the step
             if loss.device.type == "cpu" and not math.isfinite(value := loss.item()):
@@ -261,57 +266,6 @@ def check_writable(folder: str | Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(f"output folder {folder} cannot be written ({error.strerror}); choose another --output_dir.") from error
-
-
-def peak_memory_bytes() -> int:
-    """The high-water mark: of the GPU's allocator where there is one, else of this process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-        if line is not None:
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def reset_peak_memory() -> None:
-    """Start the high-water mark again from what is held now (Linux: where /proc allows it)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)      # glibc keeps freed blocks: hand them back before counting anew
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-class _Throughput(TrainerCallback):
-    """Adds tokens_per_second (since the last log) and peak_memory_mib to what is logged."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.tokens, self.since = trainer, 0, time.perf_counter()
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.tokens, self.since = self.trainer.tokens_seen, time.perf_counter()
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None,
-               **_: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        now, tokens = time.perf_counter(), self.trainer.tokens_seen
-        added = {"tokens_per_second": round((tokens - self.tokens) / (now - self.since), 1),
-                 "peak_memory_mib": round(peak_memory_bytes() / 2**20, 1)}
-        logs |= added
-        state.log_history[-1] |= added
-        self.tokens, self.since = tokens, now
-
-
-def _num_tokens(inputs: dict[str, Any]) -> int:
-    """Real tokens of a batch, without reading anything back from a GPU when it is packed."""
-    if "parts" in inputs:                                   # of several data sets
-        return sum(map(_num_tokens, inputs["parts"]))
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    return ids.numel() if ids.dim() == 1 or mask is None else int(mask.sum())
 
 
 def _sequences(dataset: Any) -> list[list[int]]:

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [("cli", "demo"), ("cli_predict", "cli_memory", "cli_data", "ablate", "multitask_train"),
           ("cli_train", "ablate_grid", "ablate_figures"), ("cli_tables",),
           ("cli_args", "progress", "info"), ("trainer", "lora", "multitask"),
-          ("trainer_memory",), ("memory",), ("model", "adapter_import", "tasks"), ("adapter", "methods", "outputs"),
+          ("trainer_graphs",), ("trainer_memory", "graphed", "throughput"), ("memory",),
+          ("model", "adapter_import", "tasks"), ("adapter", "methods", "outputs"),
           ("prompt", "heads", "masked_lm", "cloze", "optim", "hf_config", "presets"), ("encoder", "batches"), ("packing",),
           ("ops", "testing"), ("_native", "kernels"), ("build_info", "errors")]
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}

@@ -1,0 +1,315 @@
+"""A training step as CUDA graphs: hundreds of short kernels that a graph launches at once, and the host one by one.
+
+Three graphs make a step. `gradients` (one a bucket of batch sizes) holds forward, loss and backward, and adds to gradients that
+stay where they are; `clip` and `step` (one each) hold gradient clipping and AdamW. So accumulation, callbacks between them and a
+batch that no graph fits all see the gradients they would see without graphs.
+
+Kernels get their sizes when a graph is captured, so a batch is filled up to its bucket: tokens of no sequence behind the last
+one (less than 1/8 of the tokens, computed and read by nobody), cu_seqlens with lengths that end before them, and the longest
+sequence rounded up to the power of two by which the kernels choose their tiles. What changes from step to step lies in device
+memory at fixed places: the batch, the dropout seed, the learning rates. Batches run on the same filled-up sizes before their
+graph exists and when they have none, so the numbers do not depend on which of the two a step was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from ptv2_engine.model import PromptedModel
+from ptv2_engine.packing import IGNORE
+
+_log = logging.getLogger("ptv2_engine")
+_SPARE = {"input_ids": 0, "token_type_ids": 0, "position_ids": 0, "candidate_ids": -1, "target_ids": IGNORE}   # behind the tokens
+_ALIGNED = 16                    # bytes; where a tensor starts in the block that a batch is copied as
+Replay = Callable[[], None]
+
+
+def bucket_of_tokens(count: int) -> int:
+    """The bucket of a packed batch's tokens: m * 2^e with m in 9..16, at least 16, less than 1/8 above any count over 128."""
+    grain = 16
+    while -(-count // grain) > 16:
+        grain *= 2
+    return max(-(-count // grain), 1) * grain
+
+
+def bucket_of_longest(length: int, limit: int) -> int:
+    """The bucket of the longest sequence: a power of two from 16, or the most tokens the model takes."""
+    return min(max(16, 1 << (length - 1).bit_length()), max(limit, length))
+
+
+class Bucket(NamedTuple):
+    """What a graph is captured for: tensors by name with shape and dtype, and what is not a tensor."""
+
+    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    others: tuple[tuple[str, Any], ...]
+
+
+def fill_up(inputs: Mapping[str, Any], limit: int, per_token_labels: bool) -> dict[str, Any]:
+    """A packed batch (PackedCollator's) with spare tokens up to its bucket. limit: the most tokens a sequence may have.
+    per_token_labels: labels are [B, S], of a batch whose S is the longest sequence."""
+    made = dict(inputs)
+    count, longest = inputs["input_ids"].shape[0], int(inputs["max_seqlen"])
+    spare, bucket = bucket_of_tokens(count) - count, bucket_of_longest(longest, limit)
+    for name, value in _SPARE.items():
+        if made.get(name) is not None:
+            made[name] = nn.functional.pad(made[name], (0, spare), value=value)
+    if per_token_labels and made.get("labels") is not None:
+        made["labels"] = nn.functional.pad(made["labels"], (0, bucket - made["labels"].shape[1]), value=IGNORE)
+    for name in ("start_positions", "end_positions"):            # behind the last cell means: takes no part
+        if made.get(name) is not None:
+            made[name] = torch.where(made[name] >= longest, bucket, made[name])
+    return {k: v for k, v in made.items() if v is not None} | {"max_seqlen": bucket, "spare_tokens": True}
+
+
+def bucket_of(inputs: Mapping[str, Any]) -> Bucket:
+    return Bucket(tuple((k, tuple(v.shape), v.dtype) for k, v in sorted(inputs.items()) if isinstance(v, Tensor)),
+                  tuple((k, v) for k, v in sorted(inputs.items()) if not isinstance(v, Tensor)))
+
+
+class _Block:
+    """The tensors of a bucket as views of one block of memory, so that a batch is one copy."""
+
+    def __init__(self, bucket: Bucket, memory: Tensor) -> None:
+        self.views, self.bytes = dict[str, Tensor](), 0
+        for name, shape, dtype in bucket.tensors:
+            size = dtype.itemsize * torch.Size(shape).numel()
+            self.views[name] = memory[self.bytes:self.bytes + size].view(dtype).view(shape)
+            self.bytes += -(-size // _ALIGNED) * _ALIGNED
+
+    @staticmethod
+    def size(bucket: Bucket) -> int:
+        return sum(-(-dtype.itemsize * torch.Size(shape).numel() // _ALIGNED) * _ALIGNED for _, shape, dtype in bucket.tensors)
+
+
+class _Staging:
+    """Pinned host memory that batches pass through, in turns, so that filling one does not wait for the copy before it."""
+
+    def __init__(self, device: torch.device, turns: int = 3) -> None:
+        self.device, self.memory, self.turn = device, [torch.empty(0, dtype=torch.uint8)] * turns, 0
+        self.copied: list[torch.cuda.Event | None] = [None] * turns
+
+    def upload(self, values: Mapping[str, Any], bucket: Bucket, target: Tensor) -> None:
+        """Copy a batch into a block on the device."""
+        self.turn = (self.turn + 1) % len(self.memory)
+        event = self.copied[self.turn]
+        if event is not None:
+            event.synchronize()
+        size = _Block.size(bucket)
+        if self.memory[self.turn].numel() < size:
+            self.memory[self.turn] = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        block = _Block(bucket, self.memory[self.turn])
+        for name, view in block.views.items():
+            view.copy_(values[name])
+        target.copy_(self.memory[self.turn][:size], non_blocking=True)
+        if self.device.type == "cuda":
+            self.copied[self.turn] = event = torch.cuda.Event()
+            event.record()
+
+
+class CudaGraphs:
+    """Captures functions into CUDA graphs that share one pool of memory, as they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Replay, Any]:
+        """The replay, and what the function returned: tensors that a replay writes anew. Nothing runs yet."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a thread that pins the next batch may call what a captured thread may not
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            result = function()
+        return graph.replay, result
+
+
+class _Gradients:
+    """Forward, loss and backward of one bucket."""
+
+    def __init__(self, owner: StepGraphs, bucket: Bucket) -> None:
+        self.owner, self.bucket, self.runs = owner, bucket, 0
+        self.memory = torch.empty(_Block.size(bucket), dtype=torch.uint8, device=owner.device)
+        self.inputs = _Block(bucket, self.memory).views | dict(bucket.others)
+        self.captured: tuple[Replay, Tensor] | None = None
+
+    def compute(self) -> Tensor:
+        """Add a batch's gradients to the model's; its loss."""
+        inputs = dict(self.inputs)
+        divisor = inputs.pop("divisor")
+        loss = self.owner.model(**inputs).loss / divisor
+        found = torch.autograd.grad(loss, self.owner.parameters, allow_unused=True)
+        pairs = [(total, new) for total, new in zip(self.owner.gradients, found, strict=True) if new is not None]
+        torch._foreach_add_([total for total, _ in pairs], [new for _, new in pairs])
+        return loss.detach()
+
+    def run(self, values: Mapping[str, Any]) -> Tensor:
+        self.owner.staging.upload(values, self.bucket, self.memory)
+        self.runs += 1
+        if self.captured is not None:
+            self.captured[0]()
+            return self.captured[1].clone()
+        loss = self.compute()
+        # Captured when it comes a second time, right behind a run: what a run makes once (compiled kernels, tables) is there
+        if self.runs > 1 and self.owner.has_room():
+            self.captured = self.owner.capture(self.compute)
+        return loss
+
+
+class StepGraphs:
+    """The steps of a model and its optimizer, captured as they come.
+
+    Arguments:
+        model: PromptedModel on the device, in training mode when it runs. optimizer: AdamW over its trained parameters.
+        max_norm: of the gradients; 0 leaves them. graphs: what captures, default CudaGraphs.
+        most: graphs that may be held; buckets beyond run without.
+    """
+
+    def __init__(self, model: PromptedModel, optimizer: AdamW, max_norm: float, graphs: Any = None, most: int = 64) -> None:
+        self.model, self.optimizer, self.max_norm, self.most, self.device = model, optimizer, max_norm, most, model.device
+        self.graphs: Any = CudaGraphs(self.device) if graphs is None else graphs
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]
+        self.rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
+        self.rates_held: list[float | None] = [None] * len(self.rates)
+        self.staging = _Staging(self.device)
+        self.buckets: dict[Any, _Gradients] = {}
+        self._clip: tuple[Replay, Tensor] | None = None
+        self._step: tuple[Replay, None] | None = None
+        self.failed: str | None = None                        # why nothing more is captured
+        if isinstance(optimizer, GraphedAdamW):
+            optimizer.graphs = self
+
+    def release(self) -> None:
+        """Forget the graphs and give their memory back; the optimizer is on its own again."""
+        if isinstance(self.optimizer, GraphedAdamW):
+            self.optimizer.graphs = None
+        self.buckets.clear()
+        self._clip = self._step = self.graphs = None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)               # the last replay may still run
+            torch.cuda.empty_cache()
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        """(replay, result), or None where the function cannot be captured; then self.failed says why."""
+        if self.failed is not None:
+            return None
+        try:
+            return self.graphs.capture(function)
+        except RuntimeError as error:
+            self.failed = f"a step cannot be captured ({str(error).splitlines()[0]})"
+            return None
+
+    def add_gradients(self, inputs: Mapping[str, Any], *, num_items: Tensor | int | None = None, divisor: float = 1.0) -> Tensor:
+        """Forward and backward of a packed batch on the host; the gradients are in .grad then, added to what was there.
+
+        num_items: the model's num_items_in_batch. divisor: of the loss, as transformers divides where num_items is None.
+        Returns:
+            The loss, a scalar on the device.
+        """
+        values = fill_up(inputs, self.model.max_length(), self.model.task == "token-classification") | {"divisor": divisor}
+        values["seed"] = torch.randint(2**62, (1,))           # as the encoder draws it
+        if num_items is not None:
+            values["num_items_in_batch"] = torch.as_tensor(num_items, dtype=torch.float32)
+        bucket = bucket_of(values)
+        key = (bucket, self._settings())
+        step = self.buckets.get(key)
+        if step is None:
+            step = _Gradients(self, bucket)
+            if len(self.buckets) < 4 * self.most:             # most of them see one batch, and are small
+                self.buckets[key] = step
+        loss = step.run(values)
+        self.attach()
+        return loss
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What a captured step holds as numbers, so that a step with others is captured anew."""
+        encoder = self.model.encoder
+        dropouts = (m.p for m in self.model.head.modules() if isinstance(m, nn.Dropout))
+        return (encoder.training, encoder.memory, encoder.hidden_dropout, encoder.attention_dropout,
+                self.model.prompt_config.prompt_dropout, *dropouts)
+
+    def attach(self) -> None:
+        """Let .grad be where the graphs add, and where a step without graphs adds too."""
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is not gradient:
+                if parameter.grad is not None:
+                    gradient.copy_(parameter.grad)
+                parameter.grad = gradient
+
+    def has_room(self) -> bool:
+        return sum(step.captured is not None for step in self.buckets.values()) < self.most
+
+    def clip(self) -> Tensor:
+        """Clip the gradients to max_norm; their norm before that, a scalar on the device."""
+        def function() -> Tensor:
+            return nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+
+        self.attach()
+        if self._clip is not None:
+            self._clip[0]()
+            return self._clip[1].clone()
+        norm = function()
+        self._clip = self.capture(function)
+        return norm
+
+    def step(self, update: Callable[[], Any]) -> None:
+        """AdamW's update (optimizer.step as it is without graphs) with the rates its groups hold now; then zero gradients."""
+        def function() -> None:
+            with self._rates_on_device():
+                update()
+            torch._foreach_zero_(self.gradients)
+
+        self.attach()
+        for i, group in enumerate(self.optimizer.param_groups):
+            if self.rates_held[i] != group["lr"]:
+                self.rates[i].fill_(group["lr"])
+                self.rates_held[i] = group["lr"]
+        if self._step is not None:
+            self._step[0]()
+            return
+        function()                                            # the first one makes the optimizer's state
+        self._step = self.capture(function)
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """The optimizer reads its rates from the device inside; schedules, logs and checkpoints see numbers as ever."""
+        groups = self.optimizer.param_groups
+        before = [(group["lr"], group["capturable"]) for group in groups]
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"], group["capturable"] = rate, True
+        try:
+            yield
+        finally:
+            for group, (rate, capturable) in zip(groups, before, strict=True):
+                group["lr"], group["capturable"] = rate, capturable
+
+
+class GraphedAdamW(AdamW):
+    """torch's fused AdamW; with graphs, its step is theirs. State and checkpoints are AdamW's."""
+
+    graphs: StepGraphs | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        if self.graphs is None or closure is not None:
+            return super().step(closure)
+        return self.graphs.step(super().step)
+
+
+def unsupported(model: Any, device: torch.device) -> str | None:
+    """Why a model's steps cannot be captured on the device, or None."""
+    if device.type != "cuda":
+        return f"training runs on {device.type}"
+    if not isinstance(model, PromptedModel):
+        return f"{type(model).__name__} runs code that is not the engine's"
+    if model.encoder.trained_backbone is not None:
+        return "the backbone trains, in plain PyTorch"
+    if model.encoder.stream is not None:
+        return "the weights are streamed, by copies that a graph would freeze"
+    if model.prompt_config.method == "shallow" and model.prompt_config.prompt_lengths is not None:
+        return "input prompts of different lengths make batches whose size is read back"
+    return None
