@@ -119,7 +119,8 @@ def prefix_grad_kernel(dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, pa
             ds = (probs * (dprobs - delta[None, :])).to(q.dtype)
             dpk = tl.dot(ds, q, dpk, input_precision=PRECISION)
         if PREFIX_DROPOUT:
-            if length > 0:
+            # An `if length > 0`, written as a loop of one turn: on sm_100 Triton 3.6 fails on an if that reads both accumulators.
+            for _ in range(0, tl.minimum(length, 1)):
                 here, here_v = row + tl.load(cu_seqlens), row_v + tl.load(cu_seqlens)
                 add_masked(partial_2CKPND + n * D, raw_2CKPND + n * D, here, N * D, num_prefix - first_key, first_key, c2, seed,
                            prefix_threshold, scale * prefix_scale, site, PREFIX_K, dpk, BLOCK_P, D, BLOCK_D)

@@ -108,7 +108,7 @@ CASES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "S128 P20 D64 bf16": (lambda: attention(128, 20, 64, bf16), (90,)),
     "S128 P20 D64 bf16 dropout": (lambda: attention(128, 20, 64, bf16, 0.1), (80, 90, 100)),
     "S128 P16 D64 fp16, no dqkv": (lambda: attention(128, 16, 64, fp16, need_tokens=False, prompts=torch.int32), (90,)),
-    "S512 P128 D64 bf16 dropout": (lambda: attention(512, 128, 64, bf16, 0.1), (80, 90)),
+    "S512 P128 D64 bf16 dropout": (lambda: attention(512, 128, 64, bf16, 0.1), (80, 90, 100)),
     "S4096 P128 D64 bf16": (lambda: attention(4096, 128, 64, bf16), (90,)),
     "S64 P20 D128 bf16 dropout": (lambda: attention(64, 20, 128, bf16, 0.1), (90,)),
     "S512 P128 D80 bf16 dropout": (lambda: attention(512, 128, 80, bf16, 0.1), (80, 90)),
