@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,13 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ptv2_engine.ablate_grid import Cell, Grid, parse, parser
+from ptv2_engine.ablate_figures import better
+from ptv2_engine.ablate_grid import Cell, Grid, check_data, parse, parser
 from ptv2_engine.adapter import replace_file
 from ptv2_engine.errors import ConfigError, RunFailed
+from ptv2_engine.tasks.data import SUFFIXES
 from ptv2_engine.trainer import check_writable
 
 TRAIN = [sys.executable, "-m", "ptv2_engine.cli", "train"]
-SETTINGS = "ablate.json"
+SETTINGS, RESULTS = "ablate.json", "results.json"
 
 
 @dataclass
@@ -43,20 +47,10 @@ class Run:
     def title(self) -> str:
         return f"{self.cell.name}, seed {self.seed}"
 
-    def load(self) -> bool:
-        """Take over what an earlier call finished with the same settings."""
-        try:
-            settings = json.loads((self.folder / SETTINGS).read_text())
-            if settings["hash"] == self.cell.settings_hash(self.seed):
-                self.results = json.loads((self.folder / "results.json").read_text())
-        except (OSError, ValueError, KeyError, TypeError):
-            self.results = None
-        return self.results is not None
-
     def train(self, environment: dict[str, str], started: Callable[[subprocess.Popen[bytes]], None]) -> None:
         """Run ptv2 train and wait for it; a failure becomes `error`."""
         check_writable(self.folder)
-        (self.folder / "results.json").unlink(missing_ok=True)          # of other settings: not this run's, should it fail
+        (self.folder / RESULTS).unlink(missing_ok=True)                 # of other settings: not this run's, should it fail
         settings = {"hash": self.cell.settings_hash(self.seed), "seed": self.seed, "flags": self.cell.flags}
         replace_file(self.folder / SETTINGS, json.dumps(settings, indent=2).encode())
         begin = time.perf_counter()
@@ -65,13 +59,64 @@ class Run:
                                        stdin=subprocess.DEVNULL, env=environment)
             started(process)
             code = process.wait()
-        if code == 0 and self.load():
-            assert self.results is not None
-            self.results.setdefault("seconds", time.perf_counter() - begin)
-            return
-        lines = (self.folder / "train.err").read_text(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        self.error = last.removeprefix("ptv2: ") or (f"exit code {code}" if code else "it wrote no results.json")
+        if code == 0 and (found := read_json(self.folder / RESULTS)):
+            self.results = {"seconds": time.perf_counter() - begin} | found
+        elif code == 0:
+            self.error = f"it wrote no {RESULTS}"
+        elif code < 0:                                                  # what it printed last has nothing to do with that
+            self.error = f"it was ended by {signal.Signals(-code).name}"
+        else:
+            lines = (self.folder / "train.err").read_text(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            self.error = last.removeprefix("ptv2: ") or f"exit code {code}"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object a JSON file holds; {} where the file is absent, half written or something else."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def find_runs(grid: Grid) -> list[Run]:
+    """One a cell and seed, with its results where an earlier call finished it.
+
+    Finished runs are known by their settings, wherever they lie in the output folder: a grid that gets more values, another flag
+    or another order of --vary takes up those that it shares.
+    """
+    done: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for file in sorted(grid.output_dir.glob(f"cells/*/seed-*/{SETTINGS}")):
+        if results := read_json(file.parent / RESULTS):
+            done[str(read_json(file).get("hash"))] = (file.parent, results)
+    runs = []
+    for cell in grid.cells:
+        for seed in grid.seeds:
+            one = Run(cell, seed, grid.output_dir / "cells" / cell.name / f"seed-{seed}")
+            if (there := done.get(cell.settings_hash(seed))) is not None:
+                one.folder, one.results = there
+            runs.append(one)
+    return runs
+
+
+def refuse_other_settings(waiting: Sequence[Run], output: Path) -> None:
+    """Raises ConfigError where a run would be written over a finished one of other settings."""
+    taken = [one for one in waiting if read_json(one.folder / RESULTS)]
+    if not taken:
+        return
+    before, now = read_json(taken[0].folder / SETTINGS).get("flags"), taken[0].cell.flags
+    differs = f"its {SETTINGS} does not say which"
+    if isinstance(before, dict) and before != now:
+        shown = [f"--{name} was {_given(before, name)}, and now is {_given(now, name)}"
+                 for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        differs = "; ".join(shown[:3]) + ("; ..." if len(shown) > 3 else "")
+    raise ConfigError(f"{output} holds finished runs of other settings, {len(taken)} of them in this grid ({taken[0].title}: "
+                      f"{differs}); give another --output_dir to keep them, or --overwrite_output_dir to train them again.")
+
+
+def _given(flags: dict[str, Any], name: str) -> str:
+    return shlex.join(map(str, flags[name])) or "on" if name in flags else "not given"
 
 
 @dataclass
@@ -102,37 +147,57 @@ def run(argv: Sequence[str]) -> None:
     grid = parse(argv)
     for note in grid.notes:
         print(f"note: {note}", file=sys.stderr)
-    runs = [Run(cell, seed, grid.output_dir / "cells" / cell.name / f"seed-{seed}") for cell in grid.cells for seed in grid.seeds]
-    waiting = [one for one in runs if not one.load()]
+    runs = find_runs(grid)
+    waiting = [one for one in runs if one.results is None]
+    if not grid.overwrite:
+        refuse_other_settings(waiting, grid.output_dir)
+    for one in runs:
+        if one.results is not None:
+            score(one.results, grid.metric, grid.at)                    # raises where it lacks what is asked for
     if grid.dry_run:
         for one in runs:
             done = "# done: " if one.results is not None else ""
             print(f"{done}ptv2 train {shlex.join(one.cell.words(one.seed, one.folder))}")
         print(f"# {len(grid.cells)} cells x {len(grid.seeds)} seeds = {len(runs)} runs, {len(runs) - len(waiting)} done")
         return
+    check_data(grid, (one.cell for one in waiting))
     check_writable(grid.output_dir)
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", file=sys.stderr)
+    if waiting:
+        print(f"{len(waiting)} runs to go, {grid.jobs} at a time; {grid.output_dir / 'cells'} has a folder for each, with what "
+              "it prints in train.out and train.err", file=sys.stderr, flush=True)
     _train_all(waiting, grid, runs)
     rows = report(grid, runs)
     draw(grid, rows)
     print((grid.output_dir / "table.md").read_text(), end="")
-    failed = [one for one in runs if one.error]
+    failed = sorted((one for one in runs if one.error), key=lambda one: one.results is not None)
     if failed:
+        way = ("give the same command again to repeat only those" if failed[0].results is None else
+               "it finished, and only its score is missing")
         raise RunFailed(f"{len(failed)} of {len(runs)} runs failed ({failed[0].title}: {failed[0].error}); see train.err in "
-                        f"{failed[0].folder}, and give the same command again to repeat only those.")
+                        f"{failed[0].folder}; {way}.")
 
 
 def _train_all(waiting: list[Run], grid: Grid, runs: list[Run]) -> None:
-    """Train grid.jobs at a time. Ending this process ends its children; those that are done stay done."""
+    """Train grid.jobs at a time. An interrupt or SIGTERM ends the runs that go on; those that are done stay done."""
     root = str(Path(__file__).resolve().parents[1])                     # the same package, wherever the command is given
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     if grid.jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // grid.jobs, 1)))
     processes: list[subprocess.Popen[bytes]] = []
+    ending = threading.Event()
+
+    def started(process: subprocess.Popen[bytes]) -> None:
+        processes.append(process)
+        if ending.is_set():                                             # it was being started when the others were ended
+            process.terminate()
+
+    main = threading.current_thread() is threading.main_thread()        # elsewhere there are no signal handlers
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
     pool = ThreadPoolExecutor(grid.jobs)
     try:
-        futures = {pool.submit(one.train, environment, processes.append): one for one in waiting}
+        futures = {pool.submit(one.train, environment, started): one for one in waiting}
         for number, future in enumerate(as_completed(futures), start=len(runs) - len(waiting) + 1):
             future.result()
             one = futures[future]
@@ -140,10 +205,14 @@ def _train_all(waiting: list[Run], grid: Grid, runs: list[Run]) -> None:
             what = f"failed: {one.error}" if one.results is None else _said(one, grid)
             print(f"[{number}/{len(runs)}] {one.title}: {what}", file=sys.stderr, flush=True)
     except BaseException:
+        ending.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
+        for process in list(processes):
             process.terminate()
         raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
     pool.shutdown()
 
 
@@ -208,23 +277,21 @@ def report(grid: Grid, runs: list[Run]) -> list[Row]:
     return rows
 
 
-def better(metric: str) -> Callable[..., Any]:
-    return min if metric in ("loss", "mse") else max
-
-
 def table(grid: Grid, rows: list[Row], metric: str, failed: list[Run]) -> str:
     """Markdown: a row a cell, the best mean in bold."""
     where = {"best": "best epoch on validation data", "last": "last epoch, validation data", "test": "test data"}[grid.at]
     columns = list(dict.fromkeys(flag for row in rows for flag in row.cell.varied))
     best = better(metric)((row.mean for row in rows if row.mean is not None), default=None)
-    lines = [f"`{shlex.join(['ptv2', 'train', *(w for n, v in grid.base.items() for w in (f'--{n}', *v))])}`, "
+    base = {flag: words for flag, words in grid.base.items() if not all(flag in row.cell.varied for row in rows)}
+    lines = [f"`{shlex.join(['ptv2', 'train', *(w for n, v in base.items() for w in (f'--{n}', *v))])}`, "
              f"seeds {', '.join(map(str, grid.seeds))}; {metric}: {where}; std: sample standard deviation over n seeds; "
              "time: mean of a run.", "",
              "| " + " | ".join([*columns, "trained parameters", metric, "std", "n", "time"]) + " |",
              "|" + "---|" * len(columns) + "---:|" * 5]
     for row in rows:
         mean = "-" if row.mean is None else f"{row.mean:.4f}"
-        cells = [*(row.cell.varied.get(flag, "").replace("|", "\\|") for flag in columns),
+        shown = [row.cell.varied.get(flag, " ".join(row.cell.flags.get(flag, []))) for flag in columns]
+        cells = [*(" ".join(value.split()).replace("|", "\\|") for value in shown),
                  "-" if row.trained_parameters is None else f"{row.trained_parameters:,}",
                  f"**{mean}**" if row.mean is not None and row.mean == best and len(rows) > 1 else mean,
                  "-" if row.std is None else f"{row.std:.4f}", str(len(row.values)),
@@ -241,11 +308,30 @@ def draw(grid: Grid, rows: list[Row]) -> None:
         return
     from ptv2_engine import ablate_figures
 
-    metric = json.loads((grid.output_dir / "results.json").read_text())["metric"]
+    metric = read_json(grid.output_dir / RESULTS)["metric"]
     points = [ablate_figures.Point(row.cell.varied, row.mean, row.std) for row in rows if row.mean is not None]
+    where = {"best": "validation data, best epoch", "last": "validation data, last epoch", "test": "test data"}[grid.at]
     try:
-        for file in ablate_figures.draw(grid.output_dir, points, metric, grid.figures):
-            print(f"drawn: {file}", file=sys.stderr)
+        drawn = ablate_figures.draw(grid.output_dir, points, metric, grid.figures, of=_trained_on(grid), where=where)
     except ImportError:
         print("no figures: matplotlib is not installed; pip install 'ptv2_engine[train]', then give the same command again.",
               file=sys.stderr)
+        return
+    for file in drawn:
+        print(f"drawn: {file}", file=sys.stderr)
+    for name in sorted(set(grid.figures) - {"auto"} - {file.stem for file in drawn}):
+        print(f"not drawn: {name}.png needs finished cells with two values on its axis", file=sys.stderr)
+
+
+def _trained_on(grid: Grid) -> str:
+    """Data set and backbone for the figures' titles, where all cells have the same: "rte, roberta-large"."""
+    names = ({tuple(cell.flags.get("dataset_name") or cell.flags.get("train_file", [])) for cell in grid.cells},
+             {tuple(cell.flags.get("model_name_or_path", [])) for cell in grid.cells})
+    return ", ".join(_short(Path(next(iter(found))[0])) for found in names if len(found) == 1 and all(found))
+
+
+def _short(path: Path) -> str:
+    """A file's stem, but its folder for one that is called train."""
+    if path.suffix.lower() not in SUFFIXES:
+        return path.name
+    return path.parent.name if path.stem == "train" and path.parent.name else path.stem

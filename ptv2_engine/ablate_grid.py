@@ -244,9 +244,10 @@ def check_data(grid: Grid, cells: Iterable[Cell]) -> None:
         if split not in tables or not task.has_labels(tables[split]):
             of = data.dataset_name or tables["train"].source
             what = f"there is no {split} data" if split not in tables else f"the {split} data has no labels"
-            way = "use --at best" if split == "test" else "use --at test"
-            raise ConfigError(f"--at {grid.at} is a score on {split} data, but {what} beside the training data of {of}; "
-                              + (way if data.dataset_name else f"give --{split}_file with labels, or {way}") + ".")
+            way = (f"use --at {'best' if split == 'test' else 'test'}" if data.dataset_name else
+                   "give --test_file with labels, or use --at best" if split == "test" else
+                   "give --validation_file with labels, or --test_file with --at test")
+            raise ConfigError(f"--at {grid.at} is a score on {split} data, but {what} beside the training data of {of}; {way}.")
         known = (*task.metric_names(), *_ALWAYS)
         if grid.metric is not None and _bare(grid.metric) not in known:
             raise ConfigError(f"--metric {grid.metric} is not among what the runs measure ({', '.join(known)}); choose one of "

@@ -1,4 +1,4 @@
-"""ptv2 ablate: which runs a grid becomes, what is kept and repeated, and the numbers in its table."""
+"""ptv2 ablate: what is run, kept, repeated and refused, and the numbers in its table."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import time
 
 import pytest
 
-from ptv2_engine import ablate, presets
-from ptv2_engine.ablate_grid import parse
-from ptv2_engine.errors import ConfigError, RunFailed
+from ptv2_engine import ablate, ablate_grid
+from ptv2_engine.errors import ConfigError, DataError, RunFailed
 
 # stands for `ptv2 train`: says what it was asked in a log, and measures what can be computed by hand
 FAKE = """
@@ -41,13 +40,16 @@ json.dump({"output_dir": flags["output_dir"], "metric": "accuracy", "trained_par
           open(os.path.join(flags["output_dir"], "results.json"), "w"))
 open(log, "a").write(json.dumps([flags, begin, time.time()]) + "\\n")
 """
-GRID = ["--vary", "prompt_length=4,8", "reparameterization=none,mlp", "--seeds", "1,2,3", "--learning_rate", "5e-3",
-        "--model_name_or_path", "some-bert", "--train_file", "x.csv"]
+DATA = ["--model_name_or_path", "some-bert", "--train_file", "x.csv", "--validation_file", "x.csv", "--test_file", "x.csv"]
+GRID = ["--vary", "prompt_length=4,8", "reparameterization=none,mlp", "--seeds", "1,2,3", "--learning_rate", "5e-3", *DATA]
+ONE = ["--prompt_length", "4", "--seeds", "1", *DATA, "--output_dir", "out"]
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """Runs are the script above; returns what it was asked so far."""
+    """Runs are the script above, in a folder with data; returns what it was asked so far."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.csv").write_text("text,label\na good film,1\na bad film,0\n")
     (tmp_path / "train.py").write_text(FAKE)
     monkeypatch.setattr(ablate, "TRAIN", [sys.executable, "-S", str(tmp_path / "train.py")])
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
@@ -82,6 +84,7 @@ def test_means_and_standard_deviations_are_those_of_the_runs(fake, tmp_path, cap
         assert cell["std"] == pytest.approx(statistics.stdev(values))
         assert cell["trained_parameters"] == 1000 * int(length) and cell["seconds"] == 3.0
     table = (tmp_path / "out" / "table.md").read_text()
+    assert table.startswith("`ptv2 train --learning_rate 5e-3 --model_name_or_path some-bert")
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
     assert rows[0] == ["prompt_length", "reparameterization", "trained parameters", "accuracy", "std", "n", "time"]
     assert rows[2] == ["4", "none", "4,000", "0.0420", "0.0010", "3", "3 s"]
@@ -99,7 +102,7 @@ def test_which_value_counts(more, value, fake, tmp_path):
     assert best == [f"{(min if 'eval_loss' in more else max)(means):.4f}"]          # a loss is better when it is smaller
 
 
-def test_finished_runs_are_kept_and_changed_settings_run_again(fake, tmp_path, capsys):
+def test_finished_runs_are_kept(fake, tmp_path, capsys):
     argv = [*GRID, "--output_dir", str(tmp_path)]
     ablate.run(argv)
     before = results(tmp_path)
@@ -108,16 +111,14 @@ def test_finished_runs_are_kept_and_changed_settings_run_again(fake, tmp_path, c
     assert "12 of 12 runs are done already" in capsys.readouterr().err
     ablate.run([*argv, "--seeds", "1,2,3,4"])                           # the fourth seed alone is new
     assert len(fake()) == 16 and {f["seed"] for f, *_ in fake()[12:]} == {"4"}
-    ablate.run([w.replace("5e-3", "6e-3") for w in argv])
-    assert len(fake()) == 28
-    (tmp_path / "cells" / "prompt_length=8,reparameterization=mlp" / "seed-2" / "results.json").unlink()      # was interrupted
-    ablate.run([w.replace("5e-3", "6e-3") for w in argv])
-    assert len(fake()) == 29 and fake()[-1][0]["seed"] == "2" and fake()[-1][0]["prompt_length"] == "8"
+    (tmp_path / "cells" / "prompt_length=8,reparameterization=mlp" / "seed-2" / "results.json").write_text('{"metr')    # no space
+    ablate.run(argv)
+    assert len(fake()) == 17 and fake()[-1][0]["seed"] == "2" and fake()[-1][0]["prompt_length"] == "8"
 
 
 def test_a_failed_run_is_reported_and_the_grid_goes_on(fake, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FAKE_FAILS", "4")
-    argv = [*GRID, "--output_dir", str(tmp_path), "--vary", "prompt_length=4,8"]
+    argv = ["--vary", "prompt_length=4,8", *GRID[3:], "--output_dir", str(tmp_path)]
     with pytest.raises(RunFailed, match=r"3 of 6 runs failed \(prompt_length=4, seed 1: the loss is NaN at step 3"):
         ablate.run(argv)
     assert len(fake()) == 6
@@ -132,31 +133,81 @@ def test_a_failed_run_is_reported_and_the_grid_goes_on(fake, tmp_path, monkeypat
     assert "Failed" not in (tmp_path / "table.md").read_text()
 
 
-def test_results_of_other_settings_do_not_stand_in_for_a_failed_run(fake, tmp_path, monkeypatch):
-    argv = ["--prompt_length", "4", "--seeds", "1", "--output_dir", str(tmp_path)]
-    ablate.run(argv)
+def test_runs_of_other_settings_are_not_written_over(fake, tmp_path, monkeypatch):
+    ablate.run(["--vary", "prompt_length=4,8", *ONE])
+    kept = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    for argv, differs in ((["--num_train_epochs", "3"], "--num_train_epochs was not given, and now is 3"),
+                          (["--train_file", "y z.csv"], "--train_file was x.csv, and now is 'y z.csv'")):
+        with pytest.raises(ConfigError, match=re.escape(
+                f"out holds finished runs of other settings, 2 of them in this grid (prompt_length=4, seed 1: {differs}); give "
+                "another --output_dir")):
+            ablate.run(["--vary", "prompt_length=4,8,16", *ONE, *argv])
+    assert {file: file.read_bytes() for file in kept} == kept and len(fake()) == 2
+    (tmp_path / "out/cells/prompt_length=8/seed-1/ablate.json").unlink()         # whose results are these?
+    with pytest.raises(ConfigError, match="1 of them in this grid .prompt_length=8, seed 1: its ablate.json does not say which"):
+        ablate.run(["--vary", "prompt_length=4,8", *ONE])
     monkeypatch.setenv("FAKE_FAILS", "4")
-    with pytest.raises(RunFailed):
-        ablate.run([*argv, "--learning_rate", "1e-2"])
-    assert results(tmp_path)["cells"][0]["mean"] is None
+    with pytest.raises(RunFailed):                                      # old results do not stand in for a run that fails
+        ablate.run(["--vary", "prompt_length=4,8", *ONE, "--num_train_epochs", "3", "--overwrite_output_dir"])
+    assert [c["mean"] for c in results(tmp_path / "out")["cells"]] == [None, pytest.approx(0.081)]
 
 
-def test_a_metric_that_no_run_has(fake, tmp_path):
-    with pytest.raises(RunFailed, match=r"--metric f1 is not among what the run measured \(accuracy, loss\)"):
-        ablate.run([*GRID, "--output_dir", str(tmp_path), "--metric", "f1"])
-    ablate.run([*GRID, "--output_dir", str(tmp_path)])                  # the runs themselves were fine
-    assert len(fake()) == 12
+def test_a_larger_grid_takes_up_what_it_shares(fake, tmp_path):
+    rate = ["--learning_rate", "5e-3"]
+    ablate.run(["--vary", "prompt_length=4,8", *ONE, *rate])
+    ablate.run(["--vary", "prompt_length=4,8,16", *ONE, *rate])
+    assert len(fake()) == 3
+    for vary in (["learning_rate=5e-3,1e-2", "prompt_length=8,4"], ["prompt_length=4,8", "learning_rate=1e-2,5e-3"]):
+        ablate.run(["--vary", *vary, *ONE])
+        assert len(fake()) == 5 and all(c["n"] == 1 for c in results(tmp_path / "out")["cells"])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--metric", "foo"], "--metric foo is not among what the runs measure (accuracy, loss,"),
+    ([*ONE[4:8], "--at", "test"], "there is no test data beside the training data of x.csv; give --test_file with labels"),
+    ([*ONE[4:8]], "there is no validation data beside the training data of x.csv; give --validation_file with labels"),
+    (["--eval_strategy", "no"], "--eval_strategy no measures nothing"),
+    (["--test_file", "unlabelled.csv", "--at", "test"], "the test data has no labels"),
+    (["--multi_task", "sets.yaml"], "--multi_task sets.yaml has a metric for each data set"),
+    (["--vary", "train_file=x.csv,nowhere.csv"], "nowhere.csv"),
+])
+def test_data_that_cannot_give_the_score_is_refused_before_anything_runs(argv, words, fake, tmp_path):
+    (tmp_path / "unlabelled.csv").write_text("text,label\nwho knows,\n")
+    given = argv if argv[0] == DATA[0] else [*DATA, *argv]
+    with pytest.raises((ConfigError, DataError), match=re.escape(words)):
+        ablate.run([*given, "--output_dir", "out"])
+    assert not fake() and not (tmp_path / "out").exists()
+
+
+def test_each_data_set_is_read_once_and_finished_runs_are_asked_themselves(fake, monkeypatch):
+    read, load = [], ablate_grid.load_data
+    monkeypatch.setattr(ablate_grid, "load_data", lambda data: read.append(data.train_file) or load(data))
+    ablate.run(["--vary", "max_train_samples=2,3", "max_seq_length=16,32", *ONE])
+    assert read == ["x.csv"]
+    with pytest.raises(ConfigError, match=r"--metric f1 is not among what the run measured \(accuracy, loss\)"):
+        ablate.run(["--vary", "max_train_samples=2,3", "max_seq_length=16,32", *ONE, "--metric", "f1"])
+    assert read == ["x.csv"] and len(fake()) == 4
+
+
+def test_a_run_that_is_killed_says_so(fake, monkeypatch, tmp_path):
+    (tmp_path / "train.py").write_text("import os, sys; print('Loading', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)")
+    with pytest.raises(RunFailed, match="it was ended by SIGKILL"):
+        ablate.run(ONE)
+    (tmp_path / "train.py").write_text("import sys; print('a warning', file=sys.stderr)")
+    with pytest.raises(RunFailed, match="it wrote no results.json"):
+        ablate.run(ONE)
 
 
 def test_jobs_run_side_by_side(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_SLEEP", "0.4")
-    ablate.run(["--prompt_length", "4", "--seeds", "1,2,3", "--output_dir", str(tmp_path), "--jobs", "3"])
+    ablate.run([*ONE, "--seeds", "1,2,3", "--jobs", "3"])
     times = [(begin, end) for _, begin, end in fake()]
     assert max(b for b, _ in times) < min(e for _, e in times)
 
 
-def test_an_interrupted_grid_ends_its_runs_and_goes_on_later(fake, tmp_path, monkeypatch):
-    argv = ["--vary", "prompt_length=4,8,16", "--seeds", "1", "--output_dir", str(tmp_path / "out")]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_grid_ends_its_runs_and_goes_on_later(number, fake, tmp_path, monkeypatch):
+    argv = ["--vary", "prompt_length=4,8,16", *ONE]
     started, popen, report = [], subprocess.Popen, ablate.report
 
     def one_then_slow(*args):
@@ -166,7 +217,7 @@ def test_an_interrupted_grid_ends_its_runs_and_goes_on_later(fake, tmp_path, mon
     def interrupted(*args, **options):
         started.append(popen(*args, **options))
         if (tmp_path / "log.slow").exists():
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return started[-1]
 
     with monkeypatch.context() as patched:
@@ -198,6 +249,9 @@ def test_a_dry_run_prints_the_runs_and_writes_nothing(fake, tmp_path, capsys):
     (["--vary", "prompt_length"], "write FLAG=A,B"),
     (["--vary", "prompt_length="], "has 0 values"),
     (["--vary", "seed=1,2"], "use --seeds"),
+    (["--vary", "prompt_length=4", "--vary", "pre_seq_len=8"], "--vary prompt_length is there twice"),
+    (["--vary", "promt_length=4,8"], "--promt_length is not a flag of ptv2 train; did you mean --prompt_length"),
+    (["--depth_steps", "1,2"], "add --depth ascending"),
     (["--vary", "output_dir=a,b"], "a folder of its own"),
     (["--seeds", "one"], "--seeds one is not understood"),
     (["--jobs", "0"], "--jobs 0 is below 1"),
@@ -213,71 +267,6 @@ def test_what_cannot_work_is_said_before_anything_runs(argv, words, fake, tmp_pa
     with pytest.raises(ConfigError, match=re.escape(words)):
         ablate.run([*argv, "--output_dir", str(tmp_path / "out")])
     assert not fake() and not (tmp_path / "out").exists()
-
-
-def test_it_needs_a_folder():
-    with pytest.raises(ConfigError, match="Give --output_dir"):
-        parse(["--preset", "rte-roberta-large", "--vary", "prompt_length=4,8"])       # the preset's own is for its own run
-
-
-def test_a_value_of_none_leaves_a_flag_out_of_a_cell():
-    cells = parse(["--preset", "wic-bert-large", "--vary", "reparam=none,mlp", "--output_dir", "x"]).cells
-    assert [c.flags.get("reparameterization") for c in cells] == [None, ["mlp"]]
-    assert [c.varied for c in cells] == [{"reparameterization": "none"}, {"reparameterization": "mlp"}]
-    cells = parse(["--vary", "method=none,deep", "--output_dir", "x"]).cells
-    assert [c.flags["method"] for c in cells] == [["none"], ["deep"]]                 # here it is a value
-
-
-def test_the_published_search_is_108_runs_of_what_the_scripts_ran():
-    grid = parse(["--grid", "copa-roberta-large", "--output_dir", "x"])
-    assert len(grid.cells) == 108 and grid.seeds == [11]
-    preset = presets.load_preset("copa-roberta-large")
-    for cell in grid.cells:
-        same = {n: v for n, v in cell.flags.items() if n not in ("learning_rate", "prompt_length", "num_train_epochs")}
-        assert same == {n: preset[n] for n in same} and set(preset) - set(same) == {
-            "learning_rate", "prompt_length", "num_train_epochs", "seed", "output_dir"}
-
-
-def test_a_grid_file_has_flags_cells_and_seeds_and_the_command_line_wins(tmp_path):
-    (tmp_path / "config.yaml").write_text("num_train_epochs: 7\nseed: 9\noutput_dir: elsewhere\n")
-    (tmp_path / "grid.yaml").write_text(
-        f"config: {tmp_path / 'config.yaml'}\nlearning_rate: 1e-2\npre_seq_len: 5\nseeds: [1, 2]\njobs: 2\n"
-        "text_columns: [a, b]\nvary: {prompt_dropout: [0.0, 0.1]}\n"
-        "cells:\n- {method: none, learning-rate: 1e-3}\n- {prompt_dropout: 0.1}\n")
-    grid = parse(["--grid", str(tmp_path / "grid.yaml"), "--output-dir", "x", "--prompt_length", "6", "--jobs", "3", "--",
-                  "--seed", "4"])
-    assert grid.seeds == [1, 2] and grid.jobs == 3
-    assert grid.base == {"num_train_epochs": ["7"], "learning_rate": ["1e-2"], "prompt_length": ["6"], "text_columns": ["a", "b"]}
-    assert [c.varied for c in grid.cells] == [{"prompt_dropout": "0.0"}, {"prompt_dropout": "0.1"},
-                                              {"method": "none", "learning_rate": "1e-3"}]      # equal cells are one
-    assert grid.cells[2].flags["learning_rate"] == ["1e-3"]
-    assert parse(["--config", str(tmp_path / "config.yaml"), "--output_dir", "x"]).seeds == [9]
-
-
-def test_depth_follows_the_layers_of_the_backbone(tmp_path):
-    config = {"model_type": "bert", "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 100,
-              "max_position_embeddings": 64, "type_vocab_size": 2, "num_hidden_layers": 24}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    argv = ["--model_name_or_path", str(tmp_path), "--output_dir", "x", "--depth"]
-    spans = lambda *words: [c.varied["prompt_layers"] for c in parse([*argv, *words]).cells]
-    assert spans("ascending") == ["1-4", "1-8", "1-12", "1-16", "1-20", "1-24"]
-    assert spans("descending") == ["21-24", "17-24", "13-24", "9-24", "5-24", "1-24"]
-    both = spans("ascending", "descending")
-    assert len(both) == 11 == len(set(both))                            # every layer is one cell, on both lines
-    assert spans("ascending,descending", "--depth_steps", "1,24") == ["1-1", "1-24", "24-24"]
-    with pytest.raises(ConfigError, match="25 is more than the 24 layers"):
-        spans("ascending", "--depth_steps", "25")
-    from ptv2_engine.prompt import PromptConfig
-    assert PromptConfig(prompt_layers="21-24").layers(24) == [20, 21, 22, 23]         # the top of the stack
-
-
-def test_settings_hash_and_folder_names():
-    make = lambda *words: parse([*words, "--output_dir", "x"]).cells
-    one, two = make("--learning_rate", "1e-3", "--seed", "5")[0], make("--seed", "5", "--learning-rate=1e-3")[0]
-    assert one.settings_hash(5) == two.settings_hash(5) != one.settings_hash(6)
-    assert one.settings_hash(5) != make("--learning_rate", "2e-3")[0].settings_hash(5)
-    names = [c.name for c in make("--vary", "model_name_or_path=a/b,a:b," + "c" * 300)]
-    assert len(set(names)) == 3 and all(re.fullmatch(r"[\w.=,~+-]{1,120}", name) for name in names)
 
 
 def test_without_matplotlib_the_table_is_there(fake, tmp_path, monkeypatch, capsys):

@@ -68,6 +68,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def metric_names(self) -> tuple[str, ...]:
+        """What `metrics` can measure, known before there is data to score."""
+        return ("accuracy",)
+
     def metrics(self, table: Table, features: Sequence[Feature]) -> Metrics:
         """The metric function for a labelled table's predictions, which come in the order of its features. Predictions are the
         model's logits, padded with -100 to the widest (tags and spans), a tuple for spans; label_ids are not needed."""

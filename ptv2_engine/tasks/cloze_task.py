@@ -102,6 +102,10 @@ class ClozeTask(Task):
                 raise DataError(f"{table.source}: {what}, and that cannot be learned; add rows of another label.")
         return cloze_features(examples, tokenizer, max_length, labelled=labelled, source=table.source)
 
+    def metric_names(self) -> tuple[str, ...]:
+        more = {"multirc": ("f1", "exact_match"), "record": ("f1", "exact_match"), "cb": ("f1_macro",)}
+        return (*more.get(self.name, ()), "accuracy")
+
     def metrics(self, table: Table, features: Sequence[Feature]) -> Metrics:
         """The data set's official ones, over the features that evaluation has (not training's).
 

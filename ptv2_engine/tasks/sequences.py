@@ -98,6 +98,13 @@ class SequenceTask(Task):
         made = encode_sequences(table, tokenizer, self.text_columns, max_length, label, self.labels)
         return [feature | {"row": i} for i, feature in enumerate(made)]
 
+    def metric_names(self) -> tuple[str, ...]:
+        if self.label_kind == "values":
+            return ("mse", "pearson", "spearman")
+        grouped = {"multirc": ("f1", "exact_match", "accuracy"),
+                   "record": ("f1", "exact_match", "margin_f1", "margin_exact_match")}
+        return grouped.get(self.group or "", ("accuracy", *self.extra_metrics))
+
     def metrics(self, table: Table, features: Sequence[Feature]) -> Metrics:
         labels = np.array([feature["labels"] for feature in features])
         if self.label_kind == "values":

@@ -154,6 +154,12 @@ class SpanTask(Task):
                 found.append(None)
         return found
 
+    def metric_names(self) -> tuple[str, ...]:
+        if not self.unanswerable:
+            return ("exact_match", "f1")
+        of_rows = tuple(rows + name for rows in ("", "HasAns_", "NoAns_") for name in ("exact", "f1", "total"))
+        return (*of_rows, "best_exact", "best_exact_thresh", "best_f1", "best_f1_thresh")
+
     def metrics(self, table: Table, features: Sequence[Feature]) -> Metrics:
         """Version 2.0's scores where a row may have no answer, else version 1.1's; see squad_metrics.squad_scores."""
         golds = [[text for text, _ in gold_answers(answers)] for answers in table.column(self.answers_column)]

@@ -184,6 +184,9 @@ class TagTask(Task):
                 feature["labels"] = targets + [IGNORE] * len(rest)
             yield feature
 
+    def metric_names(self) -> tuple[str, ...]:
+        return ("precision", "recall", "f1", "accuracy") if self.of_spans else ("accuracy",)
+
     def metrics(self, table: Table, features: Sequence[Feature]) -> Metrics:
         """Precision, recall and F1 of spans (unless no tag marks any), and the accuracy a word, over whole sentences."""
         truth = [[str(tag) for tag in tags] for tags in table.column(self.label_column)]
