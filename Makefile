@@ -27,15 +27,12 @@ train: venv                 ## trains a prompt on a real encoder and real text, 
 test: venv                  ## all tests; fails when a backend that this machine must have is missing
 	$(BIN)/python -m pytest --expect native,interpreter,aot
 
-bench: venv                 ## the benchmarks, peers interleaved call by call; JSON into $(RESULTS)
-	$(BIN)/python -m pytest --benchmark-only --results $(RESULTS) benchmarks/bench_*.py
+bench: venv                 ## the benchmarks, peers interleaved call by call; JSON into $(RESULTS). The same as: ptv2 bench
+	$(BIN)/ptv2 bench --results $(RESULTS)
 
-# One call on a machine with a GPU and its own CUDA torch: builds csrc in place, runs the GPU tests, the benchmarks, the 10B profile.
+# One call of at most eight minutes on a machine with a GPU and its own CUDA torch: build, tests, sanitizer, benchmarks, 10B profile.
 gpu-check:
-	$(PYTHON) setup.py build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --require-gpu tests
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --require-gpu --benchmark-only --results $(RESULTS) benchmarks/bench_*.py
-	PYTHONPATH=. $(PYTHON) benchmarks/memory_profile.py --results $(RESULTS) measure --memory exact minimal --rounds 2
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py --results $(RESULTS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -11,10 +11,11 @@ import copy
 import pytest
 import torch
 
-from benchmarks.bench_train_step import DTYPES, PROMPT, median_batch, stepper
+from benchmarks.bench_train_step import PROMPT, median_batch
 from benchmarks.deberta_peer import PatchedDeberta
+from benchmarks.models import DTYPES, batch_of, moved, our_step, stepper
+from benchmarks.shapes import full
 from ptv2_engine import PromptConfig, PromptedModel
-from ptv2_engine.optim import adamw
 
 RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False, "type_vocab_size": 0,
             "layer_norm_eps": 1e-7}
@@ -56,7 +57,7 @@ def check_losses(ours, peer, batch, tolerance: float) -> None:
 
 
 def run(compare, version: str, data: str, dtype: str, device: str, rounds: int, warmup: int) -> None:
-    packed, padded = median_batch(data, device)
+    packed, padded = (moved(batch, device) for batch in batch_of(median_batch(data), 30000))
     ours, peer = models(version, DTYPES[dtype], device)
     check_losses(ours, peer, (packed, padded), 1e-4 if dtype == "fp32" else 2e-2)
     trained = [p for p in peer.parameters() if p.requires_grad]
@@ -64,14 +65,16 @@ def run(compare, version: str, data: str, dtype: str, device: str, rounds: int, 
     half = dtype == "bf16"
     compare(
         f"train step  DeBERTa-{version}-base B=32 P={PROMPT} {data} {dtype}",
-        {"ptv2": stepper(ours, list(ours.trained_parameters().values()), adamw(ours, 1e-3), packed),
+        {"ptv2": our_step(ours, packed),
          "patched transformers" + (" bf16 autocast" if half else ""): stepper(peer, trained, optimizer, padded,
-                                                                               True if half else None)},
+                                                                               half)},
         rounds=rounds, warmup=warmup, tokens=packed["input_ids"].shape[0], padded_tokens=padded["input_ids"].numel(),
-        prompt_length=PROMPT,
+        prompt_length=PROMPT, device=device, op="train_step", model=f"DeBERTa-{version}-base", lengths=data, dtype=dtype,
+        **{"pass": "step"},
     )
 
 
+@full
 @pytest.mark.parametrize("data", ["mrpc", "rte"])
 @pytest.mark.parametrize("version", ["v1", "v3"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

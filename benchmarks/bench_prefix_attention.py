@@ -1,74 +1,80 @@
-"""prefix_attention, forward and forward + backward, against SDPA on keys that the prefix was concatenated to, padded."""
+"""prefix_attention: forward, backward alone and both, against everything a user could assemble (attention_peers.py).
+
+Bytes are the least that must move: forward reads q, k, v and writes the output; backward reads q, k, v, dO and writes dq, dk, dv
+(kernels that also save or read the output or fp32 accumulators move more). Flops are the products of real tokens.
+"""
 
 from __future__ import annotations
 
+import functools
+from contextlib import nullcontext
+
 import pytest
 import torch
-import torch.nn.functional as F
 
-from benchmarks.shapes import SHAPES, lengths_of, short
+from benchmarks.attention_peers import (
+    Attention,
+    InputSet,
+    check,
+    flash_attn_gathered,
+    flex_packed,
+    ours,
+    sdpa_padded,
+    varlen_gathered,
+)
+from benchmarks.measure import attempt, input_sets, stream
+from benchmarks.shapes import SHAPES, full, lengths_of, on_cpu_and_gpu, short
 from ptv2_engine import ops
-from ptv2_engine.testing import assert_error_within, cu_seqlens_of, random_prefix, random_qkv
 
-PROMPT = 20
+PASSES = {"forward": (4, 1.0), "backward": (7, 2.5), "both": (11, 3.5)}        # H-wide rows moved a token, flops in forwards
+PEERS = {"SDPA cat, padded": sdpa_padded, "varlen_attn gathered": varlen_gathered, "flash-attn gathered": flash_attn_gathered,
+         "FlexAttention packed": flex_packed}
+TOKENS = {"cpu": 2048, "cuda": 16384}
 
-
-def padded(x_TND, lengths):
-    B, S = len(lengths), max(lengths)
-    out = x_TND.new_zeros(B, S, *x_TND.shape[1:])
-    out[torch.arange(S)[None] < torch.tensor(lengths)[:, None]] = x_TND
-    return out.transpose(1, 2)
-
-
-def cases(lengths, shape, dtype, device):
-    hidden, heads = SHAPES[shape]
-    qkv = random_qkv(lengths, heads, hidden // heads, dtype, device=device).requires_grad_()
-    pk, pv = (p.requires_grad_() for p in random_prefix(1, PROMPT, heads, hidden // heads, dtype, device=device))
-    cu = cu_seqlens_of(lengths, device)
-    dout = torch.randn(qkv.shape[0], heads, hidden // heads, device=device).to(dtype)
-    q, k, v = (padded(x.detach().cpu(), lengths).to(device).requires_grad_() for x in qkv.unbind(1))
-    dout_padded = padded(dout.cpu(), lengths).to(device)
-    B, S = len(lengths), max(lengths)
-    mask = (torch.arange(PROMPT + S)[None] < torch.tensor(lengths)[:, None] + PROMPT)[:, None, None].to(device)
-
-    def ours():
-        return ops.prefix_attention_qkv(qkv, pk, pv, cu, S)
-
-    def sdpa():
-        keys, values = (torch.cat((p[0].transpose(0, 1).expand(B, -1, -1, -1), x), 2) for p, x in ((pk, k), (pv, v)))
-        return F.scaled_dot_product_attention(q, keys, values, mask)
-
-    exact = ops.prefix_attention
-    with torch.no_grad(), ops.use_backend("reference"):
-        truth = exact(*qkv.double().unbind(1), pk.double(), pv.double(), cu, S)
-        stock = exact(*qkv.unbind(1), pk, pv, cu, S)
-    assert_error_within("ours", ours(), truth, stock)
-    return {"forward": {"ptv2": torch.no_grad()(ours), "SDPA cat padded": torch.no_grad()(sdpa)},
-            "forward+backward": {"ptv2": lambda: ours().backward(dout), "SDPA cat padded": lambda: sdpa().backward(dout_padded)}}
+# model, lengths, P, where ("full": only in --grid full)
+GRID = [("BERT-base", "mrpc", 20, "cpu gpu"), ("BERT-base", "rte", 20, "cpu gpu"), ("BERT-base", "128", 20, "cpu"),
+        *(("BERT-large", S, 16, "gpu") for S in ("64", "128", "256", "512")),
+        ("BERT-large", "rte", 16, "gpu"), ("BERT-large", "squad", 128, "gpu"), ("BERT-large", "128", 200, "gpu"),
+        ("MiniLM", "rte", 16, "gpu"), ("GLM-10B", "256", 16, "gpu"),
+        *((model, S, P, "full") for model in SHAPES for S in ("32", "64", "128", "256", "512", "1024", "2048")
+          for P in (0, 16, 100, 200)),
+        *((model, kind, 20, "full") for model in SHAPES for kind in ("mrpc", "mnli", "squad"))]
 
 
-def run(compare, kind, shape, dtype, device):
-    lengths = lengths_of(kind)
-    hidden, _ = SHAPES[shape]
-    for direction, functions in cases(lengths, shape, dtype, device).items():
-        passes = 4 if direction == "forward" else 11
-        flops = 4 * sum(n * (n + PROMPT) for n in lengths) * hidden * (1 if direction == "forward" else 3.5)
-        yield f"prefix_attention {direction}  {shape} {kind} P={PROMPT} {short(dtype)}", functions, {
-            "bytes": passes * sum(lengths) * hidden * dtype.itemsize, "flops": flops}
+def prepared(build, case: Attention, sets: int, direction: str, truth: InputSet | None, name: str, **options) -> list:
+    """The calls of a contestant, one an input set; a peer is compared with ours first."""
+    on = torch.cuda.stream(stream()) if case.device == "cuda" else nullcontext()
+    with on:                                       # a captured backward runs where its forward ran
+        made = [build(case, seed, **options) for seed in range(sets)]
+        if truth is not None:
+            check(name, made[0], truth, direction != "forward")
+        if direction == "forward":
+            return [torch.no_grad()(s.call) for s in made]
+        if direction == "both":
+            return [s.both for s in made]
+        outs = [s.call() for s in made]
+        return [functools.partial(torch.autograd.grad, out, s.leaves, s.dout, retain_graph=True)
+                for s, out in zip(made, outs, strict=True)]
 
 
-@pytest.mark.parametrize("direction", [0, 1], ids=["forward", "both"])
-@pytest.mark.parametrize("kind", ["mrpc", "rte", "128"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-def test_cpu(compare, dtype, kind, direction):
-    case, functions, facts = list(run(compare, kind, "bert-base", dtype, "cpu"))[direction]
-    compare(case, functions, rounds=10, **facts)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("direction", [0, 1], ids=["forward", "both"])
-@pytest.mark.parametrize("shape", list(SHAPES))
-@pytest.mark.parametrize("kind", ["mrpc", "rte", "128", "512"])
-def test_gpu(compare, kind, shape, direction):
-    case, functions, facts = list(run(compare, kind, shape, torch.bfloat16, "cuda"))[direction]
-    compare(case, functions, rounds=50, warmup=10, **facts)
+@pytest.mark.parametrize("direction", ["forward", pytest.param("backward", marks=full), "both"])
+@pytest.mark.parametrize("model, kind, P, device, dtype", on_cpu_and_gpu(*GRID))
+def test_prefix_attention(compare, request, model, kind, P, device, dtype, direction):
+    hidden, heads, _ = SHAPES[model]
+    lengths = lengths_of(kind, tokens=TOKENS[device])
+    case = Attention(lengths, P, heads, hidden // heads, dtype, device)
+    sets = input_sets(case.bytes_of_set, device)
+    autotune = request.config.getoption("--grid") == "full"
+    truth = ours(case, 0)
+    options = {"FlexAttention packed": {"autotune": autotune}}
+    wanted = {name: functools.partial(prepared, build, case, sets, direction, truth, name, **options.get(name, {}))
+              for name, build in PEERS.items() if device == "cuda" or name.startswith("SDPA")}
+    peers, skipped = attempt(wanted)
+    rows, forwards = PASSES[direction]
+    compare(f"prefix_attention {direction}  {model} {kind} P={P} {short(dtype)}",
+            {"ptv2": prepared(ours, case, sets, direction, None, "ptv2")} | peers,
+            rounds=40 if device == "cuda" else 8, device=device, capture=True, skipped=skipped, op="prefix_attention",
+            model=model, lengths=kind, prompt_length=P, tokens=case.T, dtype=short(dtype), **{"pass": direction},
+            backend=ops.backend_for("prefix_attention", device, dtype, hidden // heads).backend, input_sets=sets,
+            bytes=rows * case.T * hidden * dtype.itemsize,
+            flops=4 * forwards * hidden * sum(n * (n + P) for n in lengths))

@@ -1,71 +1,152 @@
-"""The row ops: add_norm, linear_gelu's elementwise part, embedding; and frozen_linear. Against stock PyTorch, weights frozen."""
+"""The row ops beside their limits: add_norm, the elementwise half of linear_gelu, embedding, and frozen_linear.
+
+Weights are frozen, as for the peers: stock PyTorch, the same under torch.compile (GPU), and Liger's layer norm where installed.
+Bytes are the least that must move, each tensor once: add_norm forward reads x and the residual and writes y and x_hat, backward
+reads dy and x_hat and writes one gradient (two with dropout).
+"""
 
 from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.shapes import FFN, SHAPES, short
+from benchmarks.measure import attempt, input_sets
+from benchmarks.shapes import SHAPES, full, on_cpu_and_gpu, short
 from ptv2_engine import ops
 
-T = 2048
+TOKENS = {"cpu": 2048, "cuda": 16384}
+GRID = [("BERT-base", "cpu gpu"), ("BERT-large", "gpu"), ("GLM-10B", "gpu"), *((model, "full") for model in SHAPES)]
+DIRECTIONS = ["forward", pytest.param("backward", marks=full), "both"]
 
 
-def devices():
-    return [pytest.param("cpu", torch.float32, id="cpu-fp32"), pytest.param("cpu", torch.bfloat16, id="cpu-bf16"),
-            pytest.param("cuda", torch.bfloat16, id="cuda-bf16", marks=pytest.mark.gpu)]
+def rows(device: str, dtype: torch.dtype, width: int, grad: bool = True) -> torch.Tensor:
+    return torch.randn(TOKENS[device], width, device=device).to(dtype).requires_grad_(grad)
 
 
-def rows(device, dtype, width, grad=True):
-    return torch.randn(T, width, device=device).to(dtype).requires_grad_(grad)
+def calls(make: Callable[[], tuple[Callable[[], Any], list, Any]], direction: str, sets: int) -> list[Callable[[], Any]]:
+    """make() -> (forward, leaves, gradient of its output), one input set a call."""
+    made = [make() for _ in range(sets)]
+    if direction == "forward":
+        return [torch.no_grad()(call) for call, _, _ in made]
+    if direction == "both":
+        return [lambda c=call, v=leaves, d=dy: torch.autograd.grad(c(), v, d) for call, leaves, dy in made]
+    return [functools.partial(torch.autograd.grad, call(), leaves, dy, retain_graph=True) for call, leaves, dy in made]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("device, dtype", devices())
-def test_add_norm(compare, device, dtype, dropout):
-    H = SHAPES["bert-base"][0]
-    x, residual, dy = rows(device, dtype, H), rows(device, dtype, H), rows(device, dtype, H, False)
+def contest(compare, name: str, contestants: dict[str, Callable], direction: str, device: str, set_bytes: int,
+            **facts: Any) -> None:
+    """The first contestant is ours; the others may fail to be built."""
+    sets = input_sets(set_bytes, device, most=8)
+    first, *others = contestants
+    peers, skipped = attempt({peer: functools.partial(calls, contestants[peer], direction, sets) for peer in others})
+    compare(name, {first: calls(contestants[first], direction, sets)} | peers, rounds=30 if device == "cuda" else 6,
+            device=device, capture=True, skipped=skipped, input_sets=sets, tokens=TOKENS[device], **{"pass": direction}, **facts)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=full)])
+@pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
+def test_add_norm(compare, model, device, dtype, dropout, direction):
+    H, T = SHAPES[model][0], TOKENS[device]
     weight, bias = torch.rand(H, device=device).to(dtype), torch.randn(H, device=device).to(dtype)
     seed = torch.tensor([1], device=device)
-    stock = lambda: F.layer_norm(F.dropout(x, dropout) + residual, (H,), weight, bias)
-    ours = lambda: ops.add_norm(x, residual, weight, bias, 1e-5, dropout_p=dropout, seed=seed)
-    passes = 4 + 3 + (dropout > 0)
-    compare(
-        f"add_norm forward+backward  T={T} H={H} p={dropout} {short(dtype)} {device}",
-        {"ptv2": lambda: ours().backward(dy), "torch": lambda: stock().backward(dy)},
-        rounds=20,
-        bytes=passes * T * H * dtype.itemsize,
-    )
+
+    def stock(x, residual):
+        return F.layer_norm(F.dropout(x, dropout) + residual, (H,), weight, bias, 1e-12)
+
+    def liger(x, residual):
+        layer_norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+        return layer_norm.apply(F.dropout(x, dropout) + residual, weight, bias, 1e-12)
+
+    def made(function):
+        def make():
+            x, residual, dy = rows(device, dtype, H), rows(device, dtype, H), rows(device, dtype, H, False)
+            if dropout == 0.0:
+                torch.testing.assert_close(function(x, residual), stock(x, residual), rtol=2e-2, atol=3e-2)
+            return lambda: function(x, residual), [x, residual], dy
+        return make
+
+    contestants = {"ptv2": made(lambda x, r: ops.add_norm(x, r, weight, bias, 1e-12, dropout_p=dropout, seed=seed)),
+                   "torch": made(stock)}
+    if device == "cuda":
+        contestants |= {"torch.compile": made(torch.compile(stock, dynamic=False)), "Liger": made(liger)}
+    passes = {"forward": 4, "backward": 3 + (dropout > 0), "both": 7 + (dropout > 0)}[direction]
+    contest(compare, f"add_norm {direction}  {model} T={T} p={dropout} {short(dtype)}", contestants, direction, device,
+            3 * T * H * dtype.itemsize, op="add_norm", model=model, dtype=short(dtype), bytes=passes * T * H * dtype.itemsize,
+            backend=ops.backend_for("add_norm", device, dtype).backend)
 
 
-@pytest.mark.parametrize("device, dtype", devices())
-def test_linear_gelu(compare, device, dtype):
-    H = SHAPES["bert-base"][0]
-    x, dh = rows(device, dtype, H), rows(device, dtype, FFN * H, False)
-    linear = ops.FrozenLinear(torch.randn(FFN * H, H, device=device).to(dtype), torch.randn(FFN * H, device=device).to(dtype))
-    compare(f"linear_gelu forward+backward  T={T} H={H} {short(dtype)} {device}",
-            {"ptv2": lambda: ops.linear_gelu(x, linear).backward(dh),
-             "torch": lambda: F.gelu(F.linear(x, linear.weight, linear.bias)).backward(dh)}, rounds=8, flops=4 * T * FFN * H * H)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
+def test_linear_gelu(compare, model, device, dtype, direction):
+    """With its product, in which the elementwise part is to vanish: the limit is that of the product."""
+    (H, _, ffn), T = SHAPES[model], TOKENS[device]
+    linear = ops.FrozenLinear(torch.randn(ffn, H, device=device).to(dtype) / H**0.5, torch.randn(ffn, device=device).to(dtype))
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    stock = lambda x: F.gelu(F.linear(x, weight, bias))
+
+    def made(function):
+        def make():
+            x, dh = rows(device, dtype, H), rows(device, dtype, ffn, False)
+            return lambda: function(x), [x], dh
+        return make
+
+    contestants = {"ptv2": made(lambda x: ops.linear_gelu(x, linear)), "torch": made(stock),
+                   "bare product": made(lambda x: F.linear(x, weight, bias))}
+    if device == "cuda":
+        contestants["torch.compile"] = made(torch.compile(stock, dynamic=False))
+    elif dtype == torch.bfloat16:                          # minutes, where oneDNN has none; bench_frozen_linear.py has it
+        contestants = {"ptv2": contestants["ptv2"]}
+    products = {"forward": 1, "backward": 1, "both": 2}[direction]
+    contest(compare, f"linear_gelu {direction}  {model} T={T} {short(dtype)}", contestants, direction, device,
+            T * (H + ffn) * dtype.itemsize, op="linear_gelu", model=model, dtype=short(dtype),
+            flops=2 * products * T * H * ffn, backend=ops.backend_for("linear_gelu", device, dtype).backend)
 
 
-@pytest.mark.parametrize("device, dtype", devices())
-def test_frozen_linear(compare, device, dtype):
-    H = SHAPES["bert-base"][0]
-    x, dy = rows(device, dtype, H), rows(device, dtype, 3 * H, False)
-    linear = ops.FrozenLinear(torch.randn(3 * H, H, device=device).to(dtype), torch.randn(3 * H, device=device).to(dtype))
-    compare(f"frozen_linear forward+backward  T={T} {H}->{3 * H} {short(dtype)} {device}",
-            {"ptv2": lambda: linear(x).backward(dy), "torch": lambda: F.linear(x, linear.weight, linear.bias).backward(dy)},
-            rounds=8, flops=4 * T * 3 * H * H)
-
-
-@pytest.mark.parametrize("device, dtype", devices())
-def test_embedding(compare, device, dtype):
-    H = SHAPES["bert-base"][0]
+@pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
+def test_embedding(compare, model, device, dtype):
+    H, T = SHAPES[model][0], TOKENS[device]
     word, position, types = (torch.randn(n, H, device=device).to(dtype) for n in (30522, 512, 2))
     weight, bias = torch.rand(H, device=device).to(dtype), torch.randn(H, device=device).to(dtype)
-    ids, positions = torch.randint(0, 30522, (T,), device=device), torch.arange(T, device=device) % 128
-    stock = lambda: F.layer_norm(word[ids] + position[positions] + types[0], (H,), weight, bias)
-    compare(f"embedding forward  T={T} H={H} {short(dtype)} {device}",
-            {"ptv2": lambda: ops.embedding(ids, positions, None, word, position, types, weight, bias, 1e-5), "torch": stock},
-            rounds=20, bytes=2 * T * H * dtype.itemsize)
+    stock = lambda ids, places: F.layer_norm(word[ids] + position[places] + types[0], (H,), weight, bias)
+
+    def made(function):
+        def make():
+            ids, places = torch.randint(0, 30522, (T,), device=device), torch.arange(T, device=device) % 128
+            return lambda: function(ids, places), [], None
+        return make
+
+    contestants = {"ptv2": made(lambda ids, places: ops.embedding(ids, places, None, word, position, types, weight, bias, 1e-5)),
+                   "torch": made(stock)}
+    if device == "cuda":
+        contestants["torch.compile"] = made(torch.compile(stock, dynamic=False))
+    contest(compare, f"embedding forward  {model} T={T} {short(dtype)}", contestants, "forward", device,
+            2 * T * H * dtype.itemsize, op="embedding", model=model, dtype=short(dtype), bytes=2 * T * H * dtype.itemsize,
+            backend=ops.backend_for("embedding", device, dtype).backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("model", ["BERT-base", "BERT-large", pytest.param("GLM-10B", marks=full)])
+def test_frozen_linear(compare, model, direction):
+    """The q, k, v product. On the CPU: bench_frozen_linear.py."""
+    (H, _, _), T, dtype = SHAPES[model], TOKENS["cuda"], torch.bfloat16
+    linear = ops.FrozenLinear(torch.randn(3 * H, H, device="cuda").to(dtype), torch.randn(3 * H, device="cuda").to(dtype))
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+
+    def made(function):
+        def make():
+            x, dy = rows("cuda", dtype, H), rows("cuda", dtype, 3 * H, False)
+            return lambda: function(x), [x], dy
+        return make
+
+    contestants = {"ptv2": made(lambda x: ops.frozen_linear(x, linear)), "torch": made(lambda x: F.linear(x, weight, bias))}
+    contest(compare, f"frozen_linear {direction}  {model} T={T} bf16", contestants, direction, "cuda", 4 * T * H * dtype.itemsize,
+            op="frozen_linear", model=model, dtype="bf16", flops=(4 if direction == "both" else 2) * T * 3 * H * H,
+            backend=ops.backend_for("frozen_linear", "cuda", dtype).backend)

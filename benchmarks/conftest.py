@@ -1,7 +1,6 @@
-"""How benchmarks measure: peers interleaved call by call, an A/A row in every table, one JSON row a case.
+"""The benchmarks' options, and `compare`, which measures a case, prints its line and keeps its row for the JSON.
 
-pytest-benchmark runs the cases and keeps its own statistics of our side; ratios come from `side_by_side`, because one after
-the other even the same function against itself comes out up to 1.3 apart.
+pytest-benchmark runs the cases and shows our side; ratios come from measure.side_by_side, which takes turns.
 """
 
 from __future__ import annotations
@@ -9,10 +8,8 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,14 +17,17 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.measure import Functions, cpu_name, limits, side_by_side, summary
 from ptv2_engine import __version__
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _rows: list[dict[str, Any]] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", default=None, help="folder for <device>/<date>-<commit>.json (default: print only)")
     parser.addoption("--rounds", type=int, default=None, help="interleaved rounds a case (default: by the case)")
+    parser.addoption("--grid", choices=["short", "full"], default="short", help="how many shapes (short: minutes)")
     parser.addoption("--require-gpu", action="store_true", help="fail when no CUDA device is there")
 
 
@@ -37,71 +37,42 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--require-gpu: torch sees no CUDA device")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--grid") == "short" and (larger := [item for item in items if "full" in item.keywords]):
+        config.hook.pytest_deselected(items=larger)
+        items[:] = [item for item in items if "full" not in item.keywords]
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def side_by_side(functions: dict[str, Callable[[], Any]], rounds: int = 10, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call of each function, taken in turns; the order turns round every round. The first function also runs as
-    "A/A", whose ratio to itself says how far a ratio can be trusted."""
-    names = list(functions)
-    calls = functions | {"A/A": functions[names[0]]}
-    order = [*names, "A/A"]
-    times: dict[str, list[float]] = {name: [] for name in order}
-    for turn in range(warmup + rounds):
-        for name in order if turn % 2 == 0 else reversed(order):
-            synchronise()
-            started = time.perf_counter()
-            calls[name]()
-            synchronise()
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - started)
-    return times
-
-
-def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median, 20th and 80th percentile in seconds, and each median as a multiple of the first one's."""
-    first = statistics.median(next(iter(times.values())))
-    found = {}
-    for name, values in times.items():
-        ordered = sorted(values)
-        median = statistics.median(ordered)
-        found[name] = {"median_s": median, "p20_s": ordered[len(ordered) // 5], "p80_s": ordered[-1 - len(ordered) // 5],
-                       "times_ours": median / first}
-    return found
 
 
 @pytest.fixture
 def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dict[str, dict[str, float]]]:
     """compare(case, {"ptv2": f, "peer": g}, **facts): interleave, print a line, keep the row, let pytest-benchmark run ours."""
 
-    def run(case: str, functions: dict[str, Callable[[], Any]], rounds: int = 10, warmup: int = 2,
-            **facts: Any) -> dict[str, dict[str, float]]:
+    def run(case: str, functions: Functions, rounds: int = 10, warmup: int = 2, device: str = "cpu", capture: bool = False,
+            skipped: dict[str, str] | None = None, **facts: Any) -> dict[str, dict[str, float]]:
         rounds = request.config.getoption("--rounds") or rounds
-        found = summary(side_by_side(functions, rounds, warmup))
-        ours = next(iter(functions))
-        parts = [f"{case} | {ours} {1000 * found[ours]['median_s']:.2f} ms"]
-        if "bytes" in facts:
-            facts["gb_per_s"] = facts["bytes"] / found[ours]["median_s"] / 1e9
-            parts.append(f"{facts['gb_per_s']:.1f} GB/s")
-        if "flops" in facts:
-            facts["gflop_per_s"] = facts["flops"] / found[ours]["median_s"] / 1e9
-            parts.append(f"{facts['gflop_per_s']:.0f} GFLOP/s")
+        times, eager = side_by_side(functions, device, rounds, warmup, capture)
+        found, ours = summary(times), next(iter(functions))
+        seconds, low, high = (found[ours][key] for key in ("median_s", "p20_s", "p80_s"))
+        line, limit = [f"{case} | {ours} {1000 * seconds:.3f} ms ({1000 * low:.3f} to {1000 * high:.3f})"], limits(device)
+        rate = limit["matmul_flops_per_s"].get(DTYPES.get(facts.get("dtype", ""), ""), torch.inf)
+        floors = {"bytes": facts.get("bytes", 0) / limit["copy_bytes_per_s"], "flops": facts.get("flops", 0) / rate}
+        if max(floors.values()):
+            facts["of_limit"], facts["limited_by"] = max(floors.values()) / seconds, max(floors, key=floors.__getitem__)
+            line.append(f"{100 * facts['of_limit']:.0f} % of the machine's {facts['limited_by']}")
         if "tokens" in facts:
-            facts["tokens_per_s"] = facts["tokens"] / found[ours]["median_s"]
-            parts.append(f"{facts['tokens_per_s']:.0f} tokens/s")
-        parts += [f"{name} {values['times_ours']:.2f}x" for name, values in found.items() if name != ours]
-        print("\n" + " | ".join(parts), file=sys.stderr)
-        _rows.append({"case": case, "times": found} | facts)
-        benchmark.extra_info |= {"case": case, **facts, **{f"{n} times ours": v["times_ours"] for n, v in found.items()}}
-        benchmark.pedantic(functions[ours], rounds=max(rounds // 4, 1), warmup_rounds=0)
+            facts["tokens_per_s"] = facts["tokens"] / seconds
+            line.append(f"{facts['tokens_per_s']:.0f} tokens/s")
+        line += [f"{name} {values['times_ours']:.2f}x" for name, values in found.items() if name != ours]
+        line += [f"{name} skipped ({reason})" for name, reason in (skipped or {}).items()]
+        print("\n" + " | ".join(line), file=sys.stderr)
+        facts |= ({"skipped": skipped} if skipped else {}) | ({"not_captured": eager} if eager else {})
+        _rows.append({"case": case, "device": device, "times": found, "rounds": rounds} | facts)
+        benchmark.extra_info |= {"case": case} | {f"{n} times ours": v["times_ours"] for n, v in found.items()}
+        first = functions[ours]
+        benchmark.pedantic(first if callable(first) else first[0], rounds=1, warmup_rounds=0)
         return found
 
     return run
@@ -110,11 +81,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dic
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-        platform.machine(),
-    )
-    return f"{model}-{torch.get_num_threads()}threads".lower().replace(" ", "-")
+    return f"{cpu_name()}-{torch.get_num_threads()}threads".lower().replace(" ", "-")
 
 
 def _commit() -> str:
@@ -139,6 +106,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         except metadata.PackageNotFoundError:
             versions[name] = None
     record = {"device": device_name(), "date": datetime.date.today().isoformat(), "commit": _commit(), "ptv2_engine": __version__,
+              "limits": {device: limits(device) for device in sorted({row["device"] for row in _rows})},
               "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions,
               "command": " ".join(["pytest", *session.config.invocation_params.args]), "rows": _rows}
     target = Path(folder) / record["device"] / f"{record['date']}-{record['commit']}.json"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory_profile import cpu_name
+from measure import cpu_name
 
 from ptv2_engine import PromptConfig, PromptedModel
 from ptv2_engine.batches import PackedCollator

@@ -16,7 +16,6 @@ import argparse
 import datetime
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import cpu_name
 
 from ptv2_engine import PromptConfig
 from ptv2_engine.encoder.weights import empty_encoder
@@ -34,7 +34,6 @@ from ptv2_engine.memory import Planner, Setup, card_bytes, largest_batch, measur
 from ptv2_engine.memory.peers import PEERS, StockWorkload, plan_peer
 from ptv2_engine.memory.planner import Workload
 from ptv2_engine.ops import KINDS
-from ptv2_engine.ops.frozen_linear import multiplies_bf16
 
 POLICIES, FROZEN = ("exact", "lean", "minimal"), (None, "int8", "nf4")
 LENGTHS, PROMPTS = (128, 256, 512, 1024), (16, 128)
@@ -177,13 +176,6 @@ def measure_peer(setup: Setup, peer: str, device: torch.device) -> dict[str, Any
         gc.collect()                                    # the model that was too large goes before the next is made
         torch.cuda.empty_cache()
     return {"peer": peer, "why_not": "not even one sequence fits"}
-
-
-def cpu_name() -> str:
-    """Its model, and whether it has the bf16 products that decide what a bf16 step holds."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return model + ("" if multiplies_bf16() else " without bf16 products")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory_profile import cpu_name
+from measure import cpu_name
 
 from ptv2_engine.demo import encoder_folder, fetch_snippets, load_snippets
 from ptv2_engine.tasks.data import read_table

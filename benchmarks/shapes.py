@@ -1,25 +1,58 @@
-"""Model shapes and ragged batches that the op benchmarks share, and the peers they are compared with."""
+"""Model shapes and ragged batches that the benchmarks share."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import pytest
 import torch
 
-SHAPES = {"minilm": (384, 12), "bert-base": (768, 12), "bert-large": (1024, 16)}      # hidden, heads
-FFN = 4
-LENGTHS = json.loads((Path(__file__).parent / "lengths.json").read_text())
+# hidden, heads, ffn. DeBERTa-xlarge is v2's; GLM's as published.
+SHAPES = {"MiniLM": (384, 12, 1536), "BERT-base": (768, 12, 3072), "BERT-large": (1024, 16, 4096),
+          "DeBERTa-xlarge": (1536, 24, 6144), "GLM-2B": (2048, 32, 8192), "GLM-10B": (4096, 64, 16384)}
+_STORED = json.loads((Path(__file__).parent / "lengths.json").read_text())
+full = pytest.mark.full
 
 
-def lengths_of(kind: str, batch: int = 32) -> list[int]:
-    """mrpc, rte: real; an integer: that length for every sequence."""
-    return LENGTHS[kind][:batch] if kind in LENGTHS else [int(kind)] * batch
+def _drawn(mean: float, deviation: float, low: int, high: int, count: int = 512) -> list[int]:
+    """Lengths at the quantiles of a log-normal distribution, in an order that is random and fixed."""
+    sigma = math.sqrt(math.log(1 + (deviation / mean) ** 2))
+    normal = torch.distributions.Normal(math.log(mean) - sigma**2 / 2, sigma)
+    quantiles = normal.icdf((torch.arange(count) + 0.5) / count).exp().round().clamp(low, high).long()
+    return quantiles[torch.randperm(count, generator=torch.Generator().manual_seed(0))].tolist()
 
 
-def dtypes_for(device: str) -> list[torch.dtype]:
-    return [torch.float32, torch.bfloat16] if device == "cpu" else [torch.bfloat16]
+# mrpc, rte, squad: real (lengths.json says how they were counted). mnli: no examples at hand; a log-normal of about the length of
+# its pairs, an assumption.
+LENGTHS: dict[str, list[int]] = {k: v for k, v in _STORED.items() if isinstance(v, list)} | {"mnli": _drawn(39, 18, 10, 128)}
+
+
+def lengths_of(kind: str, batch: int = 32, tokens: int | None = None) -> list[int]:
+    """Lengths of a batch: a name of LENGTHS, or a number for equal ones. tokens: as many sequences as hold about that many."""
+    if kind not in LENGTHS:
+        return [int(kind)] * (max(1, tokens // int(kind)) if tokens else batch)
+    drawn = LENGTHS[kind] * -(-(tokens or 0) // sum(LENGTHS[kind]) or 1)
+    if not tokens:
+        return drawn[:batch]
+    ends = torch.tensor(drawn).cumsum(0)
+    return drawn[:max(1, int((ends <= tokens).sum()))]
 
 
 def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def on_cpu_and_gpu(*cases: tuple, cpu: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> list:
+    """pytest parameters: each case on the CPU in these dtypes and on a GPU in bf16. A case's last entry says where: "cpu", "gpu"
+    or both; "full": on a GPU in --grid full only ("cpu full": on both)."""
+    made = []
+    for *case, where in cases:
+        name = "-".join(map(str, case))
+        marks = [full] if "full" in where else []
+        if "cpu" in where:
+            made += [pytest.param(*case, "cpu", dtype, id=f"{name}-cpu-{short(dtype)}", marks=marks) for dtype in cpu]
+        if "gpu" in where or "full" in where:
+            made.append(pytest.param(*case, "cuda", torch.bfloat16, id=f"{name}-cuda-bf16", marks=[*marks, pytest.mark.gpu]))
+    return made

@@ -22,6 +22,7 @@ EXPECTABLE = ("native", "interpreter", "aot")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--expect", default="", help=f"comma list of what must be there: {', '.join(EXPECTABLE)}")
     parser.addoption("--require-gpu", action="store_true", help="fail instead of skipping when no CUDA device is there")
+    parser.addoption("--shard", default=None, help="i/n: every n-th test from the i-th on, for n processes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,7 +56,13 @@ def _bundled_ptxas(root: str) -> list[str]:
     return [str(p) for p in Path(root).rglob("ptxas*") if p.is_file()]
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if shard := config.getoption("--shard"):                 # last: of those that -m and -k left
+        first, count = map(int, shard.split("/"))
+        kept = items[first::count]
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != first])
+        items[:] = kept
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

@@ -1,0 +1,193 @@
+"""What a user could assemble instead of prefix_attention, on the same numbers: each builder returns a peer's input sets.
+
+A peer takes leaves that require grad, in the layout it wants (made before timing), and the same prefix and output gradient. What
+it must do in every layer is inside its call: concatenating or gathering the prefix to the keys and values. What a batch needs
+once (masks, offsets) is not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptv2_engine import ops
+from ptv2_engine.testing import cu_seqlens_of, random_prefix, random_qkv
+
+
+@dataclass
+class InputSet:
+    """One set of inputs of a contestant: call() is the forward; leaves get gradients; dout is the gradient of its output."""
+
+    call: Callable[[], Tensor]
+    leaves: list[Tensor]
+    dout: Tensor
+    rows: Callable[[Tensor], Tensor]               # its output (or dq) as [T, N, D]
+
+    def both(self) -> list[Tensor]:
+        return list(torch.autograd.grad(self.call(), self.leaves, self.dout))
+
+
+@dataclass
+class Attention:
+    """A packed batch: lengths of B sequences, N heads of D, P prefix rows."""
+
+    lengths: list[int]
+    P: int
+    N: int
+    D: int
+    dtype: torch.dtype
+    device: str
+
+    def __post_init__(self) -> None:
+        self.B, self.S, self.T = len(self.lengths), max(self.lengths), sum(self.lengths)
+        self.cu = cu_seqlens_of(self.lengths, self.device)
+        self.lengths_B = torch.tensor(self.lengths, device=self.device)
+        self.present_BS = torch.arange(self.S, device=self.device)[None] < self.lengths_B[:, None]
+
+    @property
+    def bytes_of_set(self) -> int:
+        return 4 * self.T * self.N * self.D * self.dtype.itemsize
+
+    def draw(self, seed: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        """qkv [T, 3, N, D], prefix key and value [P, N, D], dout [T, N, D]."""
+        qkv = random_qkv(self.lengths, self.N, self.D, self.dtype, seed, self.device)
+        prefix = random_prefix(1, max(self.P, 1), self.N, self.D, self.dtype, seed + 1000, self.device)
+        dout = random_qkv(self.lengths, self.N, self.D, self.dtype, seed + 2000, self.device)[:, 0].contiguous()
+        return qkv, [p[0, :self.P].contiguous() for p in prefix], dout
+
+    def padded(self, x_TND: Tensor) -> Tensor:
+        """[B, N, S, D]"""
+        out = x_TND.new_zeros(self.B, self.S, self.N, self.D)
+        out[self.present_BS] = x_TND
+        return out.transpose(1, 2).contiguous()
+
+
+def leaves_of(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def ours(case: Attention, seed: int) -> InputSet:
+    qkv, prefix, dout = case.draw(seed)
+    leaves = leaves_of(qkv, *(p[None] for p in prefix)) if case.P else leaves_of(qkv)
+
+    def call() -> Tensor:
+        pk, pv = leaves[1:] if case.P else (None, None)
+        return ops.prefix_attention_qkv(leaves[0], pk, pv, case.cu, case.S)
+
+    return InputSet(call, leaves, dout, lambda x: x)
+
+
+def sdpa_padded(case: Attention, seed: int) -> InputSet:
+    """PyTorch's SDPA (its own choice of kernel) on padded queries and keys that the prefix was concatenated to."""
+    qkv, prefix, dout = case.draw(seed)
+    q, k, v, *prefixes = leaves_of(*(case.padded(x) for x in qkv.unbind(1)), *(p.transpose(0, 1).contiguous() for p in prefix))
+    mask = None
+    if min(case.lengths) < case.S:
+        mask = F.pad(case.present_BS, (case.P, 0), value=True)[:, None, None]
+
+    def call() -> Tensor:
+        keys, values = (torch.cat((p.expand(case.B, -1, -1, -1), x), 2) if case.P else x
+                        for p, x in zip(prefixes if case.P else (None, None), (k, v), strict=True))
+        return F.scaled_dot_product_attention(q, keys, values, mask)
+
+    return InputSet(call, [q, k, v, *(prefixes if case.P else [])], case.padded(dout),
+                    lambda x: x.transpose(1, 2)[case.present_BS])
+
+
+def _gathered(case: Attention, seed: int, attend: Callable[..., Tensor]) -> InputSet:
+    """Packed queries; keys and values gathered as [prefix ; tokens] of each sequence. attend(q, k, v, cu_q, cu_k, S, P + S)."""
+    qkv, prefix, dout = case.draw(seed)
+    q, k, v, *prefixes = leaves_of(*(x.contiguous() for x in qkv.unbind(1)), *prefix)
+    longer = [n + case.P for n in case.lengths]
+    cu_k = cu_seqlens_of(longer, case.device)
+    pieces, start = [], case.P
+    for n in case.lengths:                          # rows of cat((prefix, tokens))
+        pieces.append(torch.cat((torch.arange(case.P), torch.arange(start, start + n))))
+        start += n
+    index = torch.cat(pieces).to(case.device)
+
+    def call() -> Tensor:
+        keys, values = (torch.cat((p, x))[index] if case.P else x
+                        for p, x in zip(prefixes if case.P else (None, None), (k, v), strict=True))
+        return attend(q, keys, values, case.cu, cu_k, case.S, case.S + case.P)
+
+    return InputSet(call, [q, k, v, *(prefixes if case.P else [])], dout, lambda x: x)
+
+
+def varlen_gathered(case: Attention, seed: int) -> InputSet:
+    """torch.nn.attention.varlen (FlashAttention 2, packed)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return _gathered(case, seed, lambda q, k, v, cu_q, cu_k, s_q, s_k: varlen_attn(q, k, v, cu_q, cu_k, s_q, s_k))
+
+
+def flash_attn_gathered(case: Attention, seed: int) -> InputSet:
+    """flash-attn's varlen kernel, where its wheel is installed."""
+    varlen = importlib.import_module("flash_attn").flash_attn_varlen_func
+    return _gathered(case, seed, lambda q, k, v, cu_q, cu_k, s_q, s_k: varlen(q, k, v, cu_q, cu_k, s_q, s_k))
+
+
+def flex_packed(case: Attention, seed: int, compiled: bool = True, autotune: bool = False) -> InputSet:
+    """FlexAttention over one packed row: every query sees the prefix and its own document. The strongest one: the prefix is not
+    expanded, and its gradient comes out of the kernel."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    qkv, prefix, dout = case.draw(seed)
+    heads_first = [x.transpose(0, 1)[None].contiguous() for x in (*qkv.unbind(1), *prefix)]
+    q, k, v, *prefixes = leaves_of(*heads_first)
+    document = torch.repeat_interleave(torch.arange(case.B, device=case.device), case.lengths_B)
+    P = case.P
+
+    def sees(_b: Any, _h: Any, query: Tensor, key: Tensor) -> Tensor:
+        return (key < P) | (document[(key - P).clamp(min=0)] == document[query])
+
+    mask = create_block_mask(sees, None, None, case.T, case.T + P, device=case.device)
+    attend = _compiled_flex(autotune) if compiled else flex_attention
+
+    def call() -> Tensor:
+        keys, values = (torch.cat((p, x), 2) if P else x
+                        for p, x in zip(prefixes if P else (None, None), (k, v), strict=True))
+        return attend(q, keys, values, block_mask=mask)
+
+    return InputSet(call, [q, k, v, *(prefixes if P else [])], dout.transpose(0, 1)[None].contiguous(),
+                    lambda x: x[0].transpose(0, 1))
+
+
+_flex: dict[bool, Any] = {}
+
+
+def _compiled_flex(autotune: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if autotune not in _flex:
+        mode = {"mode": "max-autotune-no-cudagraphs"} if autotune else {}
+        _flex[autotune] = torch.compile(flex_attention, dynamic=False, **mode)
+    return _flex[autotune]
+
+
+def check(name: str, peer: InputSet, truth: InputSet, backward: bool) -> None:
+    """The peer computes what ours does: output and gradient of the prefix within a few roundings. Raises AssertionError."""
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[truth.dout.dtype]
+
+    def close(what: str, x: Tensor, y: Tensor) -> None:
+        scale = float(y.float().abs().max())
+        error = float((x.float() - y.float()).abs().max())
+        if not error <= tolerance * max(scale, 1e-6):
+            raise AssertionError(f"{name}: {what} is {error:.2e} off, at most {tolerance * scale:.2e} was expected")
+
+    close("the output", peer.rows(peer.call().detach()), truth.call().detach())
+    if backward and len(peer.leaves) > 3:
+        close("the prefix key's gradient", *(_prefix_rows(s.both()[-2], truth) for s in (peer, truth)))
+
+
+def _prefix_rows(gradient: Tensor, truth: InputSet) -> Tensor:
+    """[P, N, D] from [1, P, N, D], [N, P, D] or [1, N, P, D]."""
+    gradient = gradient[0] if gradient.dim() == 4 else gradient
+    heads = truth.dout.shape[1]
+    return gradient if gradient.shape[1] == heads and gradient.shape[0] != heads else gradient.transpose(0, 1)

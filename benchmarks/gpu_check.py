@@ -1,0 +1,113 @@
+"""Everything that needs a GPU, in one call of minutes: python benchmarks/gpu_check.py --results FOLDER [--only STAGE ...]
+
+Builds csrc, runs the GPU tests (in shards: compiling kernels takes the CPUs), compute-sanitizer over a few small ones, the short
+grid of the benchmarks and the memory profile, and writes gpu-check.json and the report with its roofline into FOLDER. A stage
+that fails or outlives its limit does not stop the next (a benchmark run that is ended keeps its rows); the exit code says whether
+all passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu"]
+BENCHES = ("prefix_attention", "train_step", "rows", "scaling", "disentangled_attention", "deberta_step")     # what matters first
+TOOLS = ("memcheck", "racecheck", "initcheck")
+SMALL = "(test_attention_dropout and bf16 and lengths0) or (test_row_ops and bf16 and 333 and 0.1) or (test_gelu and bf16)"
+
+
+def run(command: list[str], log: Path, limit: float) -> int:
+    """The exit code, or 124 where the command outlived its limit; its output goes to the log."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment,
+                                   start_new_session=True)
+        for end, patience in ((signal.SIGINT, limit), (signal.SIGKILL, 15)):         # at the first, pytest still writes its rows
+            try:
+                code = process.wait(patience)
+                return code if end == signal.SIGINT else 124
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, end)
+        process.wait()
+        return 124
+
+
+def sharded(log: Path, limit: float) -> int:
+    """The GPU tests dealt out to processes; the worst exit code (5, a shard without tests, is fine)."""
+    shards = max(1, min(8, (os.cpu_count() or 2) - 2))
+    jobs = [([*PYTEST, "tests", "--shard", f"{i}/{shards}"], log.with_suffix(f".{i}.log"), limit) for i in range(shards)]
+    with ThreadPoolExecutor(shards) as pool:
+        codes = list(pool.map(lambda job: run(*job), jobs))
+    log.write_text("\n".join(job[1].read_text(errors="replace")[-2000:] for job in jobs))
+    return max((code for code in codes if code != 5), default=0)
+
+
+def sanitizer(tool: str, log: Path, limit: float) -> int:
+    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(found).exists():
+        log.write_text("compute-sanitizer is not installed")
+        return 127
+    command = [found, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *PYTEST, "tests/gpu", "-k", SMALL]
+    return run(command, log, limit)
+
+
+def stages(results: Path) -> dict[str, tuple[Any, float]]:
+    """Name -> (what runs it, given a log and a limit; the limit in seconds). Together at most eight minutes."""
+    bench = [*PYTEST, "-s", "--benchmark-only", "--results", str(results), *(f"benchmarks/bench_{name}.py" for name in BENCHES)]
+    profile = [sys.executable, "benchmarks/memory_profile.py", "--results", str(results), "measure", "--memory", "exact",
+               "minimal", "--rounds", "2"]
+    return {
+        "build": (lambda log, limit: run([sys.executable, "setup.py", "build_ext", "--inplace"], log, limit), 60),
+        "tests": (sharded, 120),
+        **{tool: (lambda log, limit, tool=tool: sanitizer(tool, log, limit), 22) for tool in TOOLS},
+        "benchmarks": (lambda log, limit: run(bench, log, limit), 180),
+        "memory": (lambda log, limit: run(profile, log, limit), 40),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--only", nargs="+", help="some of the stages")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_check: torch sees no CUDA device, so there is nothing to check; run it on a machine with a GPU.")
+        return 2
+    results = args.results.resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    for name, (stage, limit) in stages(results).items():
+        if args.only and name not in args.only:
+            continue
+        started, log = time.perf_counter(), results / f"gpu-check-{name}.log"
+        code = stage(log, limit)
+        tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
+        found[name] = {"exit_code": code, "seconds": round(time.perf_counter() - started, 1), "last_line": "".join(tail)[-200:]}
+        print(f"{name}: {'passed' if code == 0 else 'ended by its limit' if code == 124 else f'failed ({code})'} in "
+              f"{found[name]['seconds']} s  {found[name]['last_line']}", flush=True)
+    record = {"what": "gpu-check", "device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(),
+              "torch": torch.__version__, "command": " ".join(sys.argv), "stages": found}
+    (results / "gpu-check.json").write_text(json.dumps(record, indent=1) + "\n")
+    rows = sorted(results.glob("*/20*.json"), key=lambda f: f.stat().st_mtime)[-1:]
+    if rows:
+        report = [sys.executable, "benchmarks/report.py", "show", *map(str, rows), "--output", str(results)]
+        subprocess.run(report, cwd=ROOT, check=False)
+    return 0 if all(stage["exit_code"] == 0 for stage in found.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

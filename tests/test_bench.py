@@ -1,0 +1,195 @@
+"""The benchmarks' machinery: peers compute what ours does, turns are taken, rows become tables, and nothing is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import attention_peers, bench_scaling, gpu_check, measure, models, report, shapes
+from benchmarks.attention_peers import Attention, check, flex_packed, ours, sdpa_padded
+from benchmarks.flex_encoder import FlexEncoder
+from ptv2_engine import cli, cli_bench
+from ptv2_engine.testing import tiny_config
+
+ROOT = Path(__file__).parent.parent
+CASES = [Attention([5, 9, 3], 4, 2, 16, torch.float32, "cpu"), Attention([6, 6], 3, 2, 16, torch.float32, "cpu"),
+         Attention([7, 2], 0, 2, 16, torch.float32, "cpu")]
+
+
+def fake_varlen(q, k, v, cu_q, cu_k, s_q, s_k):
+    """What torch's varlen_attn computes on a GPU, sequence by sequence."""
+    outs = []
+    for i in range(len(cu_q) - 1):
+        one = [x[cu[i]:cu[i + 1]].transpose(0, 1) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))]
+        outs.append(torch.nn.functional.scaled_dot_product_attention(*one).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def dense_flex(q, k, v, block_mask):
+    """FlexAttention with its mask written out: torch's own has no backward on the CPU."""
+    queries, keys = (torch.arange(x.shape[2]) for x in (q, k))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, block_mask.mask_mod(0, 0, queries[:, None], keys[None]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peers_compute_what_ours_does(case, monkeypatch):
+    import torch.nn.attention.varlen as varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", fake_varlen)
+    truth = ours(case, 0)
+    check("sdpa", sdpa_padded(case, 0), truth, True)
+    check("varlen", attention_peers.varlen_gathered(case, 0), truth, True)
+    with monkeypatch.context() as patch:                     # torch's own forward
+        patch.setattr(attention_peers, "leaves_of", lambda *tensors: list(tensors))
+        check("flex", flex_packed(case, 0, compiled=False), truth, False)
+    monkeypatch.setattr(flex_attention, "flex_attention", dense_flex)
+    check("flex", flex_packed(case, 0, compiled=False), truth, True)
+
+
+def test_a_peer_that_computes_something_else_is_no_peer():
+    case = CASES[0]
+    with pytest.raises(AssertionError, match="other: the output is"):
+        check("other", sdpa_padded(case, 1), ours(case, 0), True)
+    wrong = sdpa_padded(case, 0)
+    both = wrong.both
+    wrong.both = lambda: [2 * g for g in both()]
+    with pytest.raises(AssertionError, match="prefix key's gradient"):
+        check("other", wrong, ours(case, 0), True)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_the_flex_encoder_computes_our_loss(family, monkeypatch):
+    model = models.our_model(tiny_config(family).to_dict(), 4, torch.float32, "cpu").eval()
+    packed, _ = models.batch_of([7, 12, 3], 1010)
+    packed["input_ids"] %= 100
+    peer = FlexEncoder(model, packed, compiled=False).eval()
+    expected = model(**packed).loss
+    with torch.no_grad():
+        torch.testing.assert_close(peer(), expected, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(flex_attention, "flex_attention", dense_flex)
+    torch.testing.assert_close(peer(), expected, rtol=1e-5, atol=1e-6)
+    both = ((peer(), peer.bank), (expected, model.prompt.bank))
+    torch.testing.assert_close(*(torch.autograd.grad(loss, bank)[0].flatten() for loss, bank in both), rtol=1e-4, atol=1e-6)
+
+
+def test_turns_are_taken_call_by_call_and_input_sets_go_round():
+    order = []
+    times, eager = measure.side_by_side({"a": [lambda: order.append("a0"), lambda: order.append("a1")],
+                                         "b": lambda: order.append("b")}, "cpu", rounds=2, warmup=0)
+    assert order[:3] == ["a0", "a1", "b"]                    # each once before any timing; then A/A's own first calls
+    assert order[5:] == ["a0", "b", "a0", "a1", "b", "a1"] and not eager
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "A/A": 2}
+    assert measure.input_sets(1 << 20, "cpu") * (1 << 20) >= min(2 * measure.cache_bytes("cpu"), 16 << 20)
+    assert measure.input_sets(1 << 40, "cpu") == 2
+
+
+def test_a_peer_that_fails_is_a_reason():
+    made, skipped = measure.attempt({"good": lambda: 1, "bad": lambda: torch.zeros(2) @ torch.zeros(3)})
+    assert made == {"good": 1} and skipped["bad"].startswith("RuntimeError: ")
+
+
+def test_the_fitted_line():
+    assert bench_scaling.fitted([1, 2, 3], [5, 7, 9]) == pytest.approx((2, 3, 1))
+
+
+def test_lengths():
+    assert sum(shapes.lengths_of("128", tokens=16384)) == 16384
+    assert 15_500 < sum(shapes.lengths_of("rte", tokens=16384)) <= 16384
+    mnli = shapes.LENGTHS["mnli"]
+    assert abs(sum(mnli) / len(mnli) - 39) < 1
+
+
+@pytest.mark.parametrize("name", ["MiniLM", "BERT-large", "RoBERTa-large", "DeBERTa-xlarge", "GLM-2B", "GLM-10B"])
+def test_configs_have_the_published_shapes(name):
+    from ptv2_engine.encoder.weights import empty_encoder
+
+    config = empty_encoder(models.config_of(name)).config
+    shape = shapes.SHAPES[name if name != "RoBERTa-large" else "BERT-large"]
+    assert (config.hidden_size, config.num_heads, config.ffn_size) == shape
+
+
+def row(case, seconds=1.0, **facts):
+    times = {"ptv2": {"median_s": seconds, "p20_s": seconds, "p80_s": seconds, "times_ours": 1.0},
+             "peer": {"median_s": 2 * seconds, "p20_s": 2, "p80_s": 2, "times_ours": 2.0},
+             "A/A": {"median_s": seconds, "p20_s": 1, "p80_s": 1, "times_ours": 1.01}}
+    return {"case": case, "device": "cpu", "times": times} | facts
+
+
+def record(date, commit, rows, **facts):
+    made = {"device": "box", "date": date, "commit": commit, "versions": {"torch": "2"}, "command": "pytest", "rows": rows}
+    return made | facts
+
+
+LIMITS = {"cpu": {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": {"float32": 1e11}}}
+
+
+def test_the_table_shows_rates_reasons_and_the_same_function_twice():
+    rows = [row("prefix_attention forward  X", op="prefix_attention", of_limit=0.5, limited_by="bytes",
+                skipped={"flex": "Oops: no"}),
+            row("train step  X", op="train_step", tokens=1000, tokens_per_s=500.0, batch=10),
+            row("scaling", op="scaling", model="M", axis="tokens",
+                values=[1, 2], milliseconds=[1.0, 2.0], slope=1.0, unit="ms", r2=1.0)]
+    text = report.table(record("2026-01-01", "abc", rows, limits=LIMITS))
+    assert "50% of bytes | peer 2.00x, flex: not run (Oops) | 1.01 |" in text
+    assert "500 tokens/s, 5.0 sequences/s" in text and "copy 10 GB/s" in text and "| tokens | 1, 2 | 1.0, 2.0 | 1 ms |" in text
+
+
+def test_the_newest_row_of_a_case_wins_and_pictures_are_drawn(tmp_path):
+    folder = tmp_path / "results" / "box"
+    folder.mkdir(parents=True)
+    facts = {"op": "prefix_attention", "dtype": "fp32", "bytes": 1e9, "flops": 1e10}
+    for name, made in (("2026-01-01-a", record("2026-01-01", "a", [row("one", 1.0), row("two", 3.0)])),
+                       ("2026-01-02-b", record("2026-01-02", "b", [row("one", 5.0, **facts)], limits=LIMITS))):
+        (folder / f"{name}.json").write_text(json.dumps(made))
+    docs = tmp_path / "performance.md"
+    docs.write_text(f"before\n{report.MARKS[0]}\nold\n{report.MARKS[1]}\nafter\n")
+    text = report.docs_text(tmp_path / "results", docs, tmp_path)
+    assert "| one | 5.00 s" in text and "| one | 1.00 s" not in text and "| two | 3.00 s" in text
+    assert "old" not in text and text.startswith("before") and text.endswith("after\n")
+    assert (tmp_path / "roofline-box-2026-01-02-b.png").stat().st_size > 5_000
+    docs.write_text(text)
+    assert report.docs_text(tmp_path / "results", docs) == text             # check draws nothing and agrees
+
+
+def test_the_docs_are_what_the_committed_results_make():
+    assert report.docs_text() == report.DOCS.read_text(encoding="utf-8"), "run: python benchmarks/report.py docs"
+
+
+def test_every_benchmark_is_collected_and_the_gpu_parts_skip_with_their_reason():
+    files = sorted(str(f) for f in (ROOT / "benchmarks").glob("bench_*.py"))
+    assert {Path(f).stem.removeprefix("bench_") for f in files} == set(cli_bench.OPS)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "--benchmark-only", *files], cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+    if torch.cuda.is_available():
+        pytest.skip("the reason is shown where there is no GPU")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "no CUDA device" in done.stdout and " passed" not in done.stdout and "skipped" in done.stdout
+
+
+def test_bench_says_what_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli_bench, "FOLDER", tmp_path)
+    assert cli.main(["bench"]) == 2
+    assert "run ptv2 bench from a checkout" in capsys.readouterr().err
+    assert cli.main(["bench", "--rounds", "0"]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would check the GPU")
+def test_gpu_check_says_that_there_is_no_gpu():
+    done = subprocess.run([sys.executable, "benchmarks/gpu_check.py"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no CUDA device" in done.stdout
+
+
+def test_gpu_check_ends_a_stage_at_its_limit_and_lets_it_write(tmp_path):
+    script = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('rows written', flush=True)"
+    started = time.monotonic()
+    assert gpu_check.run([sys.executable, "-c", script], tmp_path / "log", 2.0) == 124
+    assert time.monotonic() - started < 30 and "rows written" in (tmp_path / "log").read_text()
+    assert sum(limit for _, limit in gpu_check.stages(tmp_path).values()) <= 480
