@@ -56,6 +56,8 @@ class Turn:
     def __init__(self, functions: Function | Sequence[Function], device: str, capture: bool) -> None:
         self.functions = [functions] if callable(functions) else list(functions)
         self.device, self.count, self.graph = device, 0, None
+        if device == "cuda":                                 # inputs may have been made on another stream
+            torch.cuda.synchronize()
         for function in self.functions:                      # compiles, fills tables, and shows errors
             function()
         if device == "cuda" and capture:
