@@ -1,13 +1,11 @@
-"""The `ptv2` command: train, evaluate, predict, ablate, data, presets, memory, info. Argument parsing and printing only."""
+"""The `ptv2` command: train, evaluate, predict, ablate, data, presets, memory, bench, info. Parses arguments and prints."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ptv2_engine.errors import PTV2Error
@@ -18,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train, "evaluate": _evaluate, "predict": _predict, "ablate": _ablate, "data": _data, "presets": _presets,
-        "memory": _memory, "info": _info}
+        "memory": _memory, "bench": _bench, "info": _info}
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: ptv2 {{{','.join(commands)}}} ...\n\n"
               "  train     train a prompt on a frozen backbone (ptv2 train --help: all flags)\n"
@@ -28,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               "  data      check FILE: examples, labels, lengths and mistakes of a file, before training\n"
               "  presets   the published settings that train --preset takes\n"
               "  memory    peak memory of a training step, before it is run\n"
+              "  bench     measure kernels and training steps beside their peers (from a checkout)\n"
               "  info      versions, devices, and which backend runs for each op and why; info MODEL: its sizes")
         return 0
     if argv[0] == "--version":
@@ -86,53 +85,25 @@ def _evaluate(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from ptv2_engine.cli_predict import Predictor
 
-    print(json.dumps(Predictor.from_arguments(args).evaluate(args.file, args.label_column), indent=2))
+    print(json.dumps(Predictor(args).evaluate(args.file, args.label_column), indent=2))
 
 
 def _predict(argv: list[str]) -> None:
     parser = _adapter_parser("predict", "Label texts with an adapter.")
     parser.add_argument("texts", nargs="*", help="texts; without any and without --file, lines of standard input are read")
     parser.add_argument("--file", help="csv, tsv, json, jsonl or parquet with the text columns")
-    parser.add_argument("--format", choices=["table", "jsonl", "csv"], default="table")
-    parser.add_argument("--output", help="write there instead of standard output")
+    parser.add_argument("--format", choices=["table", "jsonl", "csv"], help="default: as --output is named, else a table")
+    parser.add_argument("--output", help="write there (.jsonl, .csv or .txt) instead of standard output")
     args = parser.parse_args(argv)
-    from ptv2_engine.cli_predict import Predictor
+    from ptv2_engine.cli_predict import predict
 
-    predictor = Predictor.from_arguments(args)
-    texts = args.texts or (None if args.file else [line.rstrip("\n") for line in sys.stdin if line.strip()])
-    rows = predictor.predict_file(args.file) if texts is None else predictor.predict_texts(texts)
-    if args.output:
-        from ptv2_engine.adapter import replace_file
-        from ptv2_engine.errors import OutputError
-
-        try:
-            replace_file(Path(args.output), _render(rows, args.format).encode())
-        except OSError as error:
-            raise OutputError(f"--output {args.output} cannot be written ({error.strerror}); choose another path.") from error
-    else:
-        print(_render(rows, args.format), end="")
+    predict(args)
 
 
-def _render(rows: list[dict[str, Any]], form: str) -> str:
-    import io
+def _bench(argv: list[str]) -> None:
+    from ptv2_engine.cli_bench import run
 
-    if form == "jsonl":
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    out = io.StringIO()
-    if form == "csv":
-        writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else ["text"])
-        writer.writeheader()
-        writer.writerows(rows)
-        return out.getvalue()
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*(rows[0] if rows else ["text"]))
-    for row in rows:        # Text: brackets in a text are no markup
-        table.add_row(*(Text(f"{v:.4f}" if isinstance(v, float) else str(v)) for v in row.values()))
-    Console(file=out, width=120).print(table)
-    return out.getvalue()
+    run(argv)
 
 
 def _ablate(argv: list[str]) -> None:

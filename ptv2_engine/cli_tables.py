@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from ptv2_engine.cli_args import DataArguments
-from ptv2_engine.errors import ConfigError
+from ptv2_engine.errors import ConfigError, DataError
 from ptv2_engine.tasks.base import Task, named_columns, refuse_problems
 from ptv2_engine.tasks.benchmarks import find_benchmark, load_benchmark
 from ptv2_engine.tasks.cloze_task import ClozeTask
@@ -23,6 +23,7 @@ def load_data(data: DataArguments) -> tuple[dict[str, Table], Task]:
     """
     tables, task = read_data(data)
     for split, table in tables.items():
+        check_columns(task, table)
         table.rows = task.first_rows(table, _limit(data, split))
         refuse_problems(task, table, labelled=task.has_labels(table) or split == "train", training=split == "train")
     return tables, task
@@ -90,6 +91,16 @@ def cloze_task(data: DataArguments) -> ClozeTask | None:
         raise ConfigError("--head cloze on files of your own needs --pattern '... {mask} ...' and --verbalizers 'label= word' "
                           "...")
     return ClozeTask(pattern, data.label_column or "label")
+
+
+def check_columns(task: Task, table: Table, way_out: str = "rename the file's columns as those of the training file") -> None:
+    """Raises DataError where columns that the task reads, labels aside, are in no row of a table: one sentence for all rows."""
+    more = [getattr(task, "predicate_column", None)] if task.kind == "tags" else []
+    wanted = [*cast(Any, task).pattern.columns] if task.kind == "cloze" else [*named_columns(task)[0], *filter(None, more)]
+    found = list(dict.fromkeys(name for row in table.rows for name in row))
+    if missing := [name for name in wanted if name not in found]:
+        raise DataError(f"{table.source} has no column {' and no column '.join(map(repr, missing))}, only "
+                        f"{', '.join(map(repr, found))}, but this task reads {', '.join(map(repr, wanted))}; {way_out}.")
 
 
 def own_flags(data: DataArguments) -> list[str]:

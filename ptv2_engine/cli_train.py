@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from ptv2_engine.adapter import replace_file
 from ptv2_engine.batches import sequences_of
 from ptv2_engine.cli_args import DataArguments, ModelArguments, PromptArguments
+from ptv2_engine.cli_predictions import write_test_predictions
 from ptv2_engine.cli_tables import described, load_data
 from ptv2_engine.encoder.checkpoints import model_config
 from ptv2_engine.encoder.layer import MEMORY
@@ -177,6 +178,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     results |= evaluations(trainer.state.log_history, f"eval_{task.best}")
     for split in (s for s in features if s not in ("train", "validation")):
         results[split] = predict_split(trainer, task, tables[split], features[split], split)
+    if args.do_predict:
+        write_test_predictions(output, model, tokenizer, task, tables, features, max_length, args.per_device_eval_batch_size)
     replace_file(output / "results.json", json.dumps(results, indent=2).encode())
     return results
 

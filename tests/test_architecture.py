@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # from the top down; a module may import its own level only where ALLOWED says so
-LEVELS = [("cli", "demo"), ("cli_predict", "cli_memory", "cli_data", "ablate", "multitask_train"),
-          ("cli_train", "ablate_grid", "ablate_figures"), ("cli_tables",),
+LEVELS = [("cli", "demo"), ("cli_predict", "cli_memory", "cli_data", "cli_bench", "ablate", "multitask_train"),
+          ("cli_train", "ablate_grid", "ablate_figures"), ("cli_tables", "cli_predictions"),
           ("cli_args", "progress", "info"), ("trainer", "lora", "multitask"),
           ("trainer_graphs",), ("trainer_memory", "graphed", "throughput"), ("memory",),
           ("model", "adapter_import", "tasks"), ("adapter", "methods", "outputs"),

@@ -98,11 +98,11 @@ def test_evaluate_equals_what_training_reported(adapter, data, capsys):
 def test_predict_texts_files_and_standard_input(adapter, data, capsys, monkeypatch, tmp_path):
     assert main(["predict", str(adapter), "the film is great", "the film is awful", "--format", "jsonl", "--device", "cpu"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    expected = [f["label"] for f in found]
+    expected = [f["prediction"] for f in found]
     assert set(expected) <= {"good", "bad"} and all(0.5 <= f["probability"] <= 1 for f in found)
     monkeypatch.setattr("sys.stdin", io.StringIO("the film is great\n\nthe film is awful\n"))
     assert main(["predict", str(adapter), "--format", "csv", "--device", "cpu"]) == 0
-    assert [r["label"] for r in csv.DictReader(io.StringIO(capsys.readouterr().out))] == expected
+    assert [r["prediction"] for r in csv.DictReader(io.StringIO(capsys.readouterr().out))] == [expected[0], "", expected[1]]
     assert (
         main(
             [

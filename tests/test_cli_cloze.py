@@ -51,11 +51,12 @@ def test_every_superglue_task_trains_evaluates_and_predicts(backbone, name, tmp_
     assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(accuracy)
     assert main(["predict", str(tmp_path / "out"), "--file", str(folder / "validation.jsonl"), "--format", "jsonl"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 12 and all("[MASK]" in row["text"] and 0 < row["probability"] <= 1 for row in rows)
+    given = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert all(row | own == row and 0 < row["probability"] <= 1 for row, own in zip(rows, given, strict=True))
     answers = {"copa": {"the sun was rising", "the grass was cut"}, "wsc": {"Mark", "Pete", "lies"},
                "rte": {"entailment", "not_entailment"}}
     if name in answers:
-        assert {row["label"] for row in rows} <= answers[name]
+        assert {row.get("prediction_text", row["prediction"]) for row in rows} <= answers[name]
 
 
 def test_a_pattern_and_words_of_ones_own(backbone, tmp_path, capsys):
@@ -66,7 +67,7 @@ def test_a_pattern_and_words_of_ones_own(backbone, tmp_path, capsys):
     capsys.readouterr()
     assert main(["predict", str(tmp_path / "out"), "--file", str(file), "--format", "jsonl"]) == 0
     first = json.loads(capsys.readouterr().out.splitlines()[0])
-    assert first["text"].startswith("It rained, so the street was wet. Question: The street was wet.? Answer:[MASK].")
+    assert first["prediction"] in ("entailment", "not_entailment") and first["premise"].startswith("It rained")
 
 
 def test_glm_takes_a_trained_classifier_too(backbone, tmp_path, capsys):

@@ -48,8 +48,8 @@ def test_words_are_read_as_in_a_text_in_training_and_after(byte_level, kind, tmp
     assert train(byte_level, tmp_path / "a", *files(tmp_path, kind), epochs=1) == 0
     arguments = argparse.Namespace(adapter=str(tmp_path / "a"), backbone=None, text_columns=None, batch_size=4, device="cpu",
                                    max_seq_length=None, dtype=None, frozen_dtype=None, stream_weights=None)
-    predictor = Predictor.from_arguments(arguments)
-    table = predictor._read(str(tmp_path / "dev.jsonl"))
+    predictor = Predictor(arguments)
+    table = predictor._taken(predictor._given(str(tmp_path / "dev.jsonl")))
     (feature, *_), words = predictor.task.features(table, predictor.tokenizer, 64), table.rows[0]["words"]
     text = predictor.tokenizer(" " + " ".join(words))["input_ids"]
     assert feature["input_ids"][:len(text) - 1] == text[:-1]

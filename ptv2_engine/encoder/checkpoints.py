@@ -145,6 +145,8 @@ def _locate(source: str, filename: str) -> Path | None:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder / filename if (folder / filename).is_file() else None
+    if source.startswith(("/", "./", "../", "~")):           # no hub id, whose rules would be the only complaint
+        raise WeightError(f"the folder {source!r} does not exist; check the path, or pass a hub id.")
     from transformers.utils import cached_file
 
     try:

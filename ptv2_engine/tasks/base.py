@@ -78,8 +78,8 @@ class Task:
         raise NotImplementedError
 
     def answers(self, table: Table, features: Sequence[Feature], logits: Sequence[Any]) -> list[dict[str, Any]]:
-        """One dictionary a row of the table, for people: its text and what the model says of it. logits: one array a feature,
-        without padding ([C], [tokens, C], (start [tokens], end [tokens]) or [choices])."""
+        """One dictionary a row of the table, in its order: what the model says of it, as "prediction", and how sure it is.
+        logits: one array a feature, without padding ([C], [tokens, C], (start [tokens], end [tokens]) or [choices])."""
         raise NotImplementedError
 
     def show(self, table: Table, features: Sequence[Feature], tokenizer: Any, index: int) -> str:
@@ -113,8 +113,8 @@ class Benchmark:
     name: "rte". hub: arguments of datasets.load_dataset. make: (training table, template id) -> its task.
     splits: our split name ("train", "validation", "test", and further ones such as "validation_mismatched" or "test_brown")
     -> the hub's. files: our split name -> stems that its local file may have, besides the usual ones.
-    rows: (a table as it comes from the hub or from an official file, template id, split name) -> the rows the task takes; also
-    expands nested rows.
+    rows: (a table as it comes from the hub or from an official file, template id) -> the rows the task takes; also expands nested
+    rows.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Benchmark:
     make: Callable[[Table, int], Task]
     splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"})
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    rows: Callable[[Table, int, str], Table] | None = None
+    rows: Callable[[Table, int], Table] | None = None
     read: Callable[[Any], Table] | None = None          # a reader for local files that read_table does not understand
 
 

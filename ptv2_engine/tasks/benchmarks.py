@@ -40,7 +40,7 @@ def load_benchmark(benchmark: Benchmark, data_dir: str | Path | None, template: 
     tables = _from_hub(benchmark) if data_dir is None else _from_folder(benchmark, Path(data_dir))
     if benchmark.rows is None:
         return tables
-    return {split: benchmark.rows(table, template, split) for split, table in tables.items()}
+    return {split: benchmark.rows(table, template) for split, table in tables.items()}
 
 
 def _plain(name: str) -> str:

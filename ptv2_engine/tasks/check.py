@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -106,6 +106,8 @@ def check(table: Table, task: Task, tokenizer: Any = None, max_seq_length: int =
     good = Table([table.rows[i] for i in numbers], table.source)
     _labels(found, task, good, label)
     _repeats(found, task, table, texts, label, validation)
+    if isinstance(task, ChoiceTask):
+        _equal_choices(found, task, table)
     longest = 0
     if tokenizer is None:
         _lengths(found, [_words(row, texts) for row in good.rows])
@@ -154,6 +156,13 @@ def _labels(found: Report, task: Task, table: Table, label: str) -> None:
         return
     if len(+counts) == 1 and not isinstance(task, TagTask):
         found.warnings.append(f"one class: every label is {next(iter(+counts))!r}; a model learns nothing from this file")
+    same: dict[str, list[str]] = defaultdict(list)
+    for name in counts:
+        same["".join(name.split()).casefold()].append(name)
+    for alike in same.values():
+        if len(alike) > 1:
+            names = " and ".join(f"{name!r} ({counts[name]})" for name in alike)
+            found.warnings.append(f"the labels {names} differ in case or spaces alone, and are learned as different ones")
     rare = [f"{name!r} ({count})" for name, count in counts.items() if count < RARE * total]
     if rare:
         more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
@@ -181,6 +190,15 @@ def _repeats(found: Report, task: Task, table: Table, texts: list[str], label: s
         if found.overlap:
             found.warnings.append(f"{found.overlap} of {len(validation)} rows of {validation.source} are in {table.source} as "
                                   "well; scores on them flatter the model")
+
+
+def _equal_choices(found: Report, task: ChoiceTask, table: Table) -> None:
+    choices = [[text for choice in task.choices(row) if (text := choice.strip())] for row in table.rows]
+    numbers = [str(number) for number, texts in enumerate(choices, 1) if len(set(texts)) < len(texts)]
+    if numbers:
+        more = f" and {len(numbers) - 10} more" if len(numbers) > 10 else ""
+        found.warnings.append(f"equal choices in {len(numbers)} rows ({', '.join(numbers[:10])}{more}); no model tells "
+                              "them apart")
 
 
 def _tokens(found: Report, task: Task, table: Table, numbers: list[int], tokenizer: Any, labelled: bool, shown: int) -> int:

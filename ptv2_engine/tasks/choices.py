@@ -52,8 +52,8 @@ class ChoiceTask(Task):
         name = "" if value is None else str(value).strip()
         if not name:
             return None
-        number = int(name.removesuffix(".0")) if name.removesuffix(".0").isdecimal() else -1
-        if not isinstance(value, bool) and 0 <= number < len(choices):
+        number = _number(value)
+        if number is not None and number < len(choices):
             return number
         if len(self.choice_columns) > 1 and name in self.choice_columns:
             return self.choice_columns.index(name)
@@ -65,6 +65,8 @@ class ChoiceTask(Task):
                          f"{columns} or its text.")
 
     def problems(self, table: Table, labelled: bool = True) -> Iterator[tuple[int, str]]:
+        if labelled and self._counts_from_one(table):
+            yield 0, "no label is 0 and some are the number of their row's choices, so they look 1-based; subtract 1 from all"
         for number, row in enumerate(table.rows, 1):
             for column in self.text_columns:
                 if row.get(column) is None or not str(row[column]).strip():
@@ -83,6 +85,19 @@ class ChoiceTask(Task):
                         yield number, f"the label {self.label_column!r} is missing"
                 except LabelError as error:
                     yield number, str(error).partition(";")[0]
+
+    def _counts_from_one(self, table: Table) -> bool:
+        """Whether the labels there are go from 1 to the number of choices, and the last choice's fits no index, name or text."""
+        last = False
+        for row in table.rows:
+            label, choices = row.get(self.label_column), self.choices(row)
+            number = _number(label)
+            if label in (None, ""):
+                continue
+            if number is None or not 1 <= number <= len(choices):
+                return False
+            last = last or number == len(choices) and str(number) not in map(str.strip, choices)
+        return last
 
     def features(self, table: Table, tokenizer: Any, max_length: int, *, training: bool = False,
                  labelled: bool = True) -> list[Feature]:
@@ -122,13 +137,12 @@ class ChoiceTask(Task):
         return accuracy
 
     def answers(self, table: Table, features: Sequence[Feature], logits: Sequence[Any]) -> list[dict[str, Any]]:
-        """text, answer (the chosen text), choice (its number from 0) and its probability. One a row of the table."""
+        """prediction (a choice's number from 0), prediction_text (the choice itself) and its probability."""
         found = []
         for feature, scores in zip(features, logits, strict=True):
-            row = table.rows[feature["row"]]
-            choices = self.choices(row)
+            choices = self.choices(table.rows[feature["row"]])
             best, probability = most_likely(np.asarray(scores, dtype=np.float64).reshape(-1)[:len(choices)])
-            found.append({"text": self._text(row), "answer": choices[best], "choice": best, "probability": probability})
+            found.append({"prediction": best, "prediction_text": choices[best], "probability": probability})
         return found
 
     def show(self, table: Table, features: Sequence[Feature], tokenizer: Any, index: int) -> str:
@@ -141,3 +155,9 @@ class ChoiceTask(Task):
 
     def _text(self, row: Mapping[str, Any]) -> str:
         return " ".join(str(row[column]).strip() for column in self.text_columns)
+
+
+def _number(label: Any) -> int | None:
+    """The whole number from 0 that a label is, also as text; None for others."""
+    name = str(label).strip().removesuffix(".0")
+    return int(name) if name.isdecimal() else None

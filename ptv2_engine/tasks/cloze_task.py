@@ -18,7 +18,7 @@ from ptv2_engine.tasks.cloze import (
     label_of,
     verbalizer_ids,
 )
-from ptv2_engine.tasks.cloze_patterns import Blank, Row, known_label
+from ptv2_engine.tasks.cloze_patterns import Row, known_label
 from ptv2_engine.tasks.data import Table
 from ptv2_engine.tasks.metrics import best_of, class_scores, multirc_scores, scores_of, text_scores
 from ptv2_engine.tasks.sequences import most_likely
@@ -129,16 +129,14 @@ class ClozeTask(Task):
         return lambda prediction: class_scores(_one_hot(_best(prediction, counts), max(counts)), labels_B, extra)
 
     def answers(self, table: Table, features: Sequence[Feature], logits: Sequence[Any]) -> list[dict[str, Any]]:
-        """text: with its blank as [MASK]. label: the verbalizer's label, or the candidate; probability: among them. Candidates:
-        their index, too (COPA's answer; for WSC 0 is the span)."""
+        """prediction: the verbalizer's label, or of candidates the best one's number from 0 (for WSC 0 is the span), with its
+        prediction_text. probability: among them."""
         rows, found = self.flat(table).rows, []
         for feature, scores in zip(features, logits, strict=True):
-            row, scores = rows[feature["row"]], np.asarray(scores, dtype=np.float64)
-            names = self._answers_of(row)
-            scores = scores[:len(names)]               # a batch's rows are padded to its most candidates
-            best, probability = most_likely(scores)
-            shown = {"text": self._text(row), "label": names[best], "probability": probability}
-            found.append(shown | {"index": best} if self.has_candidates else shown)
+            names = self._answers_of(rows[feature["row"]])
+            best, probability = most_likely(np.asarray(scores, dtype=np.float64)[:len(names)])     # the rest is padding
+            said = {"prediction": best, "prediction_text": names[best]} if self.has_candidates else {"prediction": names[best]}
+            found.append(said | {"probability": probability})
         return found
 
     def show(self, table: Table, features: Sequence[Feature], tokenizer: Any, index: int) -> str:
@@ -166,9 +164,6 @@ class ClozeTask(Task):
         if self.pattern.answers is None:
             return self.names
         return [answer.strip() for answer in self.pattern.answers(row, self.label_column)[0]]
-
-    def _text(self, row: Row) -> str:
-        return "".join("[MASK]" if isinstance(part, Blank) else part for part in self.pattern.build(row))
 
 
 def _best(prediction: Any, counts: Sequence[int]) -> np.ndarray:

@@ -23,17 +23,36 @@ from ptv2_engine.tasks.tags import TagTask
 MODEL_TASKS = ("sequence-classification", "token-classification", "question-answering", "multiple-choice")
 TASKS = (*MODEL_TASKS, "regression")          # what --task takes: regression is sequence classification with one output
 _LABELS = ("label", "labels", "tags", "ner_tags", "answer", "target")
-_WORDS = ("words", "tokens")
+_WORDS, _TAGS = ("words", "tokens"), ("tags", "ner_tags")
 _IDS = ("id", "idx", "index", "guid", "uid", "uuid")
 _CHOICE = re.compile(r"(choice|option|ending|alternative)s?_?[0-9]*|sol[0-9]", re.IGNORECASE)
 
 
-def normalised(table: Table) -> Table:
-    """A table whose rows are examples: nested SQuAD files are laid flat, and a plain answer is looked for in its context."""
+def normalised(table: Table, tagging: bool = False) -> Table:
+    """A table whose rows are examples: nested SQuAD files are laid flat, a plain answer is looked for in its context, and words
+    and tags with blanks between them ("EU rejects", "B-ORG O") become lists. tagging: words without tags too.
+
+    Raises DataError for tags that are lists written as text.
+    """
     columns = set(table.columns)
     if "paragraphs" in columns or {"question", "context"} <= columns:
         return normal_table(table)
-    return table
+    words, tags = (next((c for c in names if c in columns), None) for names in (_WORDS, _TAGS))
+    if words is None or not (tagging or _are_tags(table, words, tags)):
+        return table
+    split = [c for c in (words, tags) if c is not None]
+    return Table([row | {c: row[c].split() for c in split if isinstance(row.get(c), str)} for row in table.rows], table.source)
+
+
+def _are_tags(table: Table, words: str, tags: str | None) -> bool:
+    """Whether both columns are texts, and half of the rows or more have as many words as tags; one of each says nothing."""
+    texts = [(row.get(words), row.get(tags)) for row in table.rows] if tags is not None else []
+    pairs = [(one, two) for one, two in texts if isinstance(one, str) and isinstance(two, str)]
+    if any(two.lstrip().startswith("[") and two.rstrip().endswith("]") for _, two in pairs):
+        raise DataError(f"{table.source}: the column {tags!r} holds lists written as text; save them as jsonl or parquet, where "
+                        "they stay lists, or with blanks between the tags.")
+    counts = [(len(one.split()), len(two.split())) for one, two in pairs]
+    return 2 * sum(one == two for one, two in counts) >= len(counts) and any(one > 1 for one, _ in counts)
 
 
 def infer_task(table: Table, label_column: str | None = None) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from ptv2_engine.errors import DataError
 from ptv2_engine.tasks.conll import read_conll
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".conll", ".conllx", ".bio")
+_QUOTED = re.compile(r'(?<![^\t\r\n])"[^"]*(?:""[^"]*)*"(?![^\t\r\n])')       # a whole field of a tsv in quotes
 
 
 @dataclass
@@ -69,21 +72,77 @@ def _text(path: Path) -> str:
                         f"{error.start}); convert the file to UTF-8.") from error
 
 
-def _delimited(path: Path) -> Iterable[dict[str, Any]]:
-    tsv = path.suffix.lower() == ".tsv"
+def _delimited(path: Path) -> list[dict[str, Any]]:
+    text = _text(path)
+    if path.suffix.lower() != ".tsv":
+        return _separated(path, text, ",", csv.QUOTE_MINIMAL)
+    # pandas and spreadsheets quote the fields of a tsv that need it, benchmarks do not and have bare quotation marks
+    if '"' in text and '"' not in _QUOTED.sub("", text):
+        try:
+            return _separated(path, text, "\t", csv.QUOTE_MINIMAL)
+        except DataError:           # bare marks that begin and end fields by chance
+            pass
+    return _separated(path, text, "\t", csv.QUOTE_NONE)
+
+
+def _separated(path: Path, text: str, separator: str, quoting: Any) -> list[dict[str, Any]]:
+    """Rows of columns. A line that is wrong is named by the first line of its row, where an unbalanced quote opens."""
     csv.field_size_limit(2**31 - 1)         # Python's own limit of 131,072 characters is no mistake of the file
-    # tsv benchmark files hold bare quotation marks; csv quotes its fields
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t" if tsv else ",",
-                            quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
+    lines: list[tuple[int, list[str]]] = []
+    first = 1
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                fields = len([v for v in row.values() if v is not None]) + len(row.get(None, ())) - (None in row)
-                raise DataError(f"{path}, line {reader.line_num}: {fields} fields where the header has "
-                                f"{len(reader.fieldnames or [])}; quote fields that hold the separator.")
-            yield row
+        for fields in reader:
+            if fields:
+                lines.append((first, fields))
+            first = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num} cannot be read as {path.suffix[1:]} ({error}); repair it.") from error
+        raise DataError(f"{path}, line {first} cannot be read as {path.suffix[1:]} ({error}, on line {reader.line_num}); close "
+                        "the quote that opens there, and write quotes inside a quoted field twice.") from error
+    header, rows = lines[0][1] if lines else [], lines[1:]
+    for number, fields in rows:
+        if len(fields) != len(header):
+            over = f", over {breaks + 1} lines of one quote" if (breaks := sum(map(_breaks, fields))) else ""
+            raise DataError(f"{path}, line {number}: {len(fields)} fields where the header has {len(header)}{over}; quote fields "
+                            "that hold the separator, and close every quote.")
+    _refuse_swallowed(path, rows, separator)
+    kept = _named_columns(path, header, rows)
+    return [{header[i]: fields[i] for i in kept} for _, fields in rows]
+
+
+def _named_columns(path: Path, header: list[str], rows: list[tuple[int, list[str]]]) -> list[int]:
+    """The columns with a name. One without may be left out where it holds numbers or nothing: the index that pandas writes, or a
+    separator at the end of every line. Raises DataError for others (CoLA's own files start with an example, not with names), and
+    for a name that two columns have."""
+    names = [name.strip() for name in header]
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+        raise DataError(f"{path}, line 1: {', '.join(map(repr, twice))} is the name of more than one column; rename the others.")
+    for i, name in enumerate(names):
+        if not name and (wrong := next((f[i] for _, f in rows if f[i].strip() and not f[i].strip().isdecimal()), None)):
+            raise DataError(f"{path}, line 1: column {i + 1} of {len(header)}, which holds {wrong[:40]!r}, has no name; "
+                            "begin the file with a line that names its columns.")
+    return [i for i, name in enumerate(names) if name]
+
+
+def _refuse_swallowed(path: Path, rows: list[tuple[int, list[str]]], separator: str) -> None:
+    """Raises DataError for a field with line breaks that holds other rows, from a quote that nobody closed to another such: every
+    line of it has the header's number of fields, and in one column values that other rows have there as well. Separators that are
+    tabs are enough: no text has them by chance, each line as many."""
+    long = [(number, fields) for number, fields in rows if len(fields) > 1 and any(map(_breaks, fields))]
+    others = [set(column) for column in zip(*(f for _, f in rows if not any(map(_breaks, f))), strict=True)] if long else []
+    for number, fields in long:
+        for at, field in enumerate(fields):
+            lines = [line.rstrip("\r").split(separator) for line in field.split("\n")]
+            lines[0], lines[-1] = fields[:at] + lines[0], lines[-1] + fields[at + 1:]
+            if len(lines) == 1 or any(len(line) != len(fields) for line in lines):
+                continue
+            if separator == "\t" or any(all(line[i] in known for line in lines) for i, known in enumerate(others) if i != at):
+                raise DataError(f"{path}, line {number}: the quote that opens there goes over {len(lines)} lines that look like "
+                                "rows of their own; close it, or remove it.")
+
+
+def _breaks(field: str) -> int:
+    return field.count("\n")
 
 
 def _jsonl(path: Path) -> Iterable[dict[str, Any]]:

@@ -37,7 +37,7 @@ class _Set:
     def make(self, table: Table, template: int) -> SequenceTask:
         return published_task(table, list(self.columns), self.names, self.extra, self.best)
 
-    def rows(self, table: Table, template: int, split: str) -> Table:
+    def rows(self, table: Table, template: int) -> Table:
         rows = pick_columns(table, self.columns, self.names, labels=_LABELS)
         if "question1" in self.columns:                         # QQP: a handful of its questions are empty
             rows = [row for row in rows if all(str(row[column]).strip() for column in self.columns)]

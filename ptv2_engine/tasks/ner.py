@@ -5,11 +5,12 @@ Local files are read as the published folders have them; hub rows, which differ 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptv2_engine.errors import DataError
 from ptv2_engine.tasks.base import Benchmark
+from ptv2_engine.tasks.conll import is_tag
 from ptv2_engine.tasks.data import Table
 from ptv2_engine.tasks.features import in_order
 from ptv2_engine.tasks.tags import TagTask
@@ -108,22 +109,31 @@ def _tags_of(entities: Sequence[Mapping[str, Any]], num_words: int, where: str) 
 
 def _entities(name: str, hub: tuple[str, ...], names: Sequence[str],
               files: Mapping[str, tuple[str, ...]] | None = None) -> Benchmark:
-    return Benchmark(name, hub, _task(names, None), files=files or {},
-                     rows=lambda table, template, split: entity_rows(table, names))
+    def make(table: Table, template: int) -> TagTask:
+        """The published types, in any scheme of prefixes. Raises DataError for others: the files are another data set's."""
+        task, types = _task(table, names, None), {_type(tag) for tag in names}
+        if unknown := {_type(tag) for tag in task.names} - types:
+            raise DataError(f"{table.source} has entities of the types {', '.join(sorted(unknown))}, but {name} has "
+                            f"{', '.join(sorted(types - {'O'}))}; give {name}'s own files, or others by --train_file.")
+        return task
+
+    return Benchmark(name, hub, make, files=files or {},
+                     rows=lambda table, template: entity_rows(table, names))
 
 
 def _roles(name: str, hub: tuple[str, ...], names: Sequence[str], files: Mapping[str, tuple[str, ...]]) -> Benchmark:
-    return Benchmark(name, hub, _task(names, "predicate"), files=files, splits={split: split for split in files},
-                     rows=lambda table, template, split: role_rows(table))
+    return Benchmark(name, hub, lambda table, template: _task(table, names, "predicate"), files=files,
+                     splits={split: split for split in files}, rows=lambda table, template: role_rows(table))
 
 
-def _task(names: Sequence[str], predicate: str | None) -> Callable[[Table, int], TagTask]:
+def _task(table: Table, names: Sequence[str], predicate: str | None) -> TagTask:
     """The published tags, and those of a training table of another version."""
-    def make(table: Table, template: int) -> TagTask:
-        found = TagTask.infer(table, "words", "tags", predicate)
-        return TagTask("words", "tags", in_order({*names, *found.names}), predicate)
+    found = TagTask.infer(table, "words", "tags", predicate)
+    return TagTask("words", "tags", in_order({*names, *found.names}), predicate)
 
-    return make
+
+def _type(tag: str) -> str:
+    return tag[2:] if is_tag(tag) and tag != "O" else tag
 
 
 def _stems(*prefixes: str, **ends: str) -> dict[str, tuple[str, ...]]:

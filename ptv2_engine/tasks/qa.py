@@ -97,7 +97,7 @@ def _benchmark(name: str, version: str, unanswerable: bool) -> Benchmark:
     return Benchmark(name, (f"rajpurkar/{name}",), lambda table, template: SpanTask(unanswerable=unanswerable),
                      splits={"train": "train", "validation": "validation"},
                      files={"train": (f"train-{version}", "train-slice"), "validation": (f"dev-{version}", "dev-slice")},
-                     rows=lambda table, template, split: normal_table(table))
+                     rows=lambda table, template: normal_table(table))
 
 
 QA: dict[str, Benchmark] = {"squad": _benchmark("squad", "v1.1", False), "squad_v2": _benchmark("squad_v2", "v2.0", True)}

@@ -128,17 +128,12 @@ class SequenceTask(Task):
         return record
 
     def answers(self, table: Table, features: Sequence[Feature], logits: Sequence[Any]) -> list[dict[str, Any]]:
-        """text, then label and its probability, or value. One a row of the table, in its order."""
-        found: list[dict[str, Any]] = []
-        for feature, scores in zip(features, logits, strict=True):
-            row, scores = table.rows[feature["row"]], np.asarray(scores, dtype=np.float64).reshape(-1)
-            text = {"text": " | ".join(str(row[column]) for column in self.text_columns)}
-            if self.label_kind == "values":
-                found.append(text | {"value": float(scores[0])})
-            else:
-                best, probability = most_likely(scores)
-                found.append(text | {"label": self.names[best], "probability": probability})
-        return found
+        """prediction: a class's name, with its probability, or a value."""
+        flat = [np.asarray(scores, dtype=np.float64).reshape(-1) for scores in logits]
+        if self.label_kind == "values":
+            return [{"prediction": float(scores[0])} for scores in flat]
+        best = [most_likely(scores) for scores in flat]
+        return [{"prediction": self.names[index], "probability": probability} for index, probability in best]
 
     def show(self, table: Table, features: Sequence[Feature], tokenizer: Any, index: int) -> str:
         label = features[index].get("labels")

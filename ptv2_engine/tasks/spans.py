@@ -63,7 +63,12 @@ class SpanTask(Task):
             yield 0, (f"there is no column {' and no column '.join(map(repr, absent))}; the file has "
                       f"{', '.join(map(repr, table.columns)) or '0 rows'}")
             return
+        first: dict[str, int] = {}
         for number, row in enumerate(table.rows, 1):
+            given = row.get(self.id_column)
+            if given not in (None, "") and first.setdefault(str(given), number) != number:
+                yield number, (f"the {self.id_column} {given!r} is row {first[str(given)]}'s as well, but predictions go by it; "
+                               "give each question its own")
             for name in needed[:2]:
                 text = "" if row.get(name) is None else row[name]
                 if not isinstance(text, str):
@@ -177,18 +182,18 @@ class SpanTask(Task):
         return scores
 
     def answers(self, table: Table, features: Sequence[Feature], logits: Sequence[Any]) -> list[dict[str, Any]]:
-        """id (the row's number where it has none), question, answer ("" for none), score (start + end logit of the best span),
-        probability of the answer among the n best; with unanswerable also null_score: how much higher no answer scores."""
+        """prediction ("" for no answer), score (start + end logit of the best span), probability of the prediction among the n
+        best; with unanswerable also null_score_diff, what the official evaluation takes as a question's null odds: the score of
+        no answer less that of the best span. The prediction is "" where it is above null_threshold."""
         found = search(windows_of(features), [start for start, _ in logits], [end for _, end in logits], len(table),
                        self.n_best_size, self.max_answer_length)
         rows = []
-        for number, (row, of_row) in enumerate(zip(table.rows, found, strict=True), 1):
+        for row, of_row in zip(table.rows, found, strict=True):
             none = self.unanswerable and of_row.null_margin > self.null_threshold
-            rows.append({"id": str(row.get(self.id_column, number)), "question": row[self.question_column],
-                         "answer": "" if none else _text(row[self.context_column], of_row),
+            rows.append({"prediction": "" if none else _text(row[self.context_column], of_row),
                          "score": of_row.scores[0] if of_row.scores else 0.0,
                          "probability": of_row.probability(none, self.unanswerable)}
-                        | ({"null_score": of_row.null_margin} if self.unanswerable else {}))
+                        | ({"null_score_diff": of_row.null_margin} if self.unanswerable else {}))
         return rows
 
     def show(self, table: Table, features: Sequence[Feature], tokenizer: Any, index: int) -> str:

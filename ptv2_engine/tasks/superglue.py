@@ -105,14 +105,14 @@ def _what(error: Exception) -> str:
     return f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
 
 
-def _multirc(table: Table, template: int, split: str) -> Table:
+def _multirc(table: Table, template: int) -> Table:
     rows = multirc_rows(table.rows)
     made = [{"paragraph": row["paragraph"], "question_answer": f"{row['question']} {row['answer']}",
              "label": label_name(row.get("label"), TRUTH), "idx": row["idx"]} for row in rows]
     return Table(without_unknown(made), table.source)
 
 
-def _record(table: Table, template: int, split: str) -> Table:
+def _record(table: Table, template: int) -> Table:
     """One row an entity: the passage, and the query with the entity in its blank. An entity that is no answer is class 0."""
     made: list[Row] = []
     for number, row in enumerate(record_rows(table.rows), 1):
@@ -125,7 +125,7 @@ def _record(table: Table, template: int, split: str) -> Table:
     return Table(without_unknown(made), table.source)
 
 
-def _wic(table: Table, template: int, split: str) -> Table:
+def _wic(table: Table, template: int) -> Table:
     """Template 0: one text that ends in a question. Template 1: a pair, the word before both sentences."""
     rows = pick_columns(table, {name: (name,) for name in ("word", "sentence1", "sentence2")}, TRUTH)
     for row in rows:
@@ -137,7 +137,7 @@ def _wic(table: Table, template: int, split: str) -> Table:
     return Table(rows, table.source)
 
 
-def _wsc(table: Table, template: int, split: str) -> Table:
+def _wsc(table: Table, template: int) -> Table:
     """A pair: the text with the pronoun named before it (template 0) or between asterisks (1), and what it may refer to."""
     rows = pick_columns(table, {"text": ("text",)}, TRUTH)
     for number, (row, given) in enumerate(zip(rows, table.rows, strict=True), 1):
@@ -157,7 +157,7 @@ def _wsc(table: Table, template: int, split: str) -> Table:
     return Table(rows, table.source)
 
 
-def _copa(table: Table, template: int, split: str) -> Table:
+def _copa(table: Table, template: int) -> Table:
     names = ("choice1", "choice2")
     rows = pick_columns(table, {name: (name,) for name in ("premise", "question", *names)}, names)
     for row in rows:
@@ -176,7 +176,7 @@ def _texts(name: str, *columns: str, classes: Sequence[str] = TRUTH, labels: Seq
     """A data set whose rows are a pair of texts already."""
     known = {column: (column,) for column in columns}
     return Benchmark(name, (HUB, name), lambda table, _: published_task(table, columns, classes, extra),
-                     rows=lambda table, template, split: Table(pick_columns(table, known, classes, labels=labels), table.source))
+                     rows=lambda table, template: Table(pick_columns(table, known, classes, labels=labels), table.source))
 
 
 _WIC = (("sentences_question",), ("word_sentence1", "word_sentence2"))                  # by template

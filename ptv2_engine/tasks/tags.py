@@ -199,16 +199,16 @@ class TagTask(Task):
         return score
 
     def answers(self, table: Table, features: Sequence[Feature], logits: Sequence[Any]) -> list[dict[str, Any]]:
-        """text, tags (one a word, joined by blanks) and, where tags mark spans, entities: "New York=LOC; Ann=PER"."""
+        """prediction: a list of tags, one a word. Where tags mark spans also entities: each one's type, text, and its words, from
+        start to before end."""
         tags = self._joined(table, features, [np.asarray(scores).argmax(-1) for scores in logits])
         answers = []
         for row, guess in zip(table.rows, tags, strict=True):
-            words = [str(word) for word in row[self.words_column]]
-            answer = {"text": " ".join(words), "tags": " ".join(guess)}
-            if self.predicate_column is not None:
-                answer["predicate"] = words[self._predicate(row)]
+            answer: dict[str, Any] = {"prediction": guess}
             if self.of_spans:
-                answer["entities"] = "; ".join(f"{' '.join(words[a:b])}={name}" for name, a, b in spans(guess))
+                words = [str(word) for word in row[self.words_column]]
+                answer["entities"] = [{"type": name, "text": " ".join(words[a:b]), "start": a, "end": b}
+                                      for name, a, b in spans(guess)]
             answers.append(answer)
         return answers
 

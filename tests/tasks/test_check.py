@@ -119,6 +119,18 @@ def test_one_class_and_rare_classes_are_pointed_out():
         assert check(many, task_for(many)).warnings == warned
 
 
+def test_labels_and_choices_that_are_hard_to_tell_apart():
+    table = texts(("a", "Positive"), ("b", "positive "), ("c", "neg"), ("d", "very  good"), ("e", "very good"), ("f", " neg"))
+    assert check(table, task_for(table)).warnings == [
+        f"the labels {names} differ in case or spaces alone, and are learned as different ones"
+        for names in ("'Positive' (1) and 'positive' (1)", "'very  good' (1) and 'very good' (1)")]
+    tags = Table([{"words": ["Ann", "Bob"], "tags": ["B-PER", "B-Per"]}], "x")
+    assert any("'PER' (1) and 'Per' (1)" in warning for warning in check(tags, task_for(tags)).warnings)
+    pairs = [("a", "b"), ("a", "a "), ("c", "c"), ("", "")]
+    choices = Table([{"text": str(i), "choice1": one, "choice2": two, "label": i % 2} for i, (one, two) in enumerate(pairs)], "x")
+    assert check(choices, task_for(choices)).warnings == ["equal choices in 2 rows (2, 3); no model tells them apart"]
+
+
 def test_regression_has_values_and_no_classes():
     table = texts(("a", 0.5), ("b", 2.0), ("c", 3.5), ("d", 1.0))
     found = check(table, task_for(table))

@@ -92,6 +92,18 @@ def test_problems_are_reported_by_row(tokenizer):
         COPA.features(Table([ROWS[0], ROWS[1] | {"label": None}], "x"), tokenizer, 64)
 
 
+@pytest.mark.parametrize("labels, found", [
+    (["1", "2", "3"], True), ([1, 3.0, None], True),
+    ([1, 2, 2], False),                                             # of three choices: they may be indices
+    ([0, 3, 1], False), ([1, 3, "red"], False), ([1, 3, 4], False)])
+def test_labels_that_look_counted_from_one(labels, found):
+    task = ChoiceTask(["q"], ["choices"], "label")
+    rows = [{"q": "?", "choices": ["red", "green", "blue"], "label": label} for label in labels]
+    assert any(number == 0 and "look 1-based" in what for number, what in task.problems(Table(rows, "x"))) is found
+    rows = [row | {"choices": ["1", "2", "3"]} for row in rows]     # then a label may be a choice's text
+    assert all(number for number, _ in task.problems(Table(rows, "x")))
+
+
 def test_accuracy_leaves_out_choices_that_are_not_there():
     """A short row is filled with -10000 by the model, and with -100 where batches of different width were joined."""
     rng = np.random.default_rng(0)
@@ -112,9 +124,9 @@ def test_answers_are_the_chosen_texts(tokenizer):
     features = LISTED.features(table, tokenizer, 64, labelled=False)
     assert "labels" not in features[0]
     found = LISTED.answers(table, features, [np.array([0.0, 2.0, 0.0]), np.array([1.0, 0.0, -100.0])])
-    assert found[0] == {"text": "the cat sat. it was", "answer": "a mat", "choice": 1,
+    assert found[0] == {"prediction": 1, "prediction_text": "a mat",
                         "probability": pytest.approx(np.exp(2) / (2 + np.exp(2)))}
-    assert (found[1]["answer"], found[1]["probability"]) == ("it ran", pytest.approx(np.e / (1 + np.e)))
+    assert (found[1]["prediction_text"], found[1]["probability"]) == ("it ran", pytest.approx(np.e / (1 + np.e)))
 
 
 def test_settings_and_the_head():

@@ -229,13 +229,12 @@ def test_answers_are_labels_or_candidates_with_their_probability(tokenizer):
     task, table = task_of("rte"), Table([ROWS["rte"] | {"label": -1}] * 2, "file")
     features = task.features(table, tokenizer, 256, labelled=False)
     found = task.answers(table, features, [np.array([1.0, 0.0]), np.array([0.0, 2.0])])
-    assert [a["label"] for a in found] == ["entailment", "not_entailment"]
+    assert [a["prediction"] for a in found] == ["entailment", "not_entailment"]
     assert [a["probability"] for a in found] == pytest.approx([1 / (1 + np.exp(-1)), 1 / (1 + np.exp(-2))])
-    assert found[0]["text"] == '"The street was wet" ?[MASK], "It rained, so the street was wet."'
     task, table = task_of("copa"), Table([ROWS["copa"]], "file")
     padded = np.array([-300.0, -200.0, -10000.0, -100.0])                       # two candidates, and a batch's padding
     (found,) = task.answers(table, task.features(table, tokenizer, 256), [padded])
-    assert (found["label"], found["index"]) == ("the grass was cut", 1) and found["probability"] == pytest.approx(1.0)
+    assert found == {"prediction": 1, "prediction_text": "the grass was cut", "probability": pytest.approx(1.0)}
 
 
 def test_examples_are_shown_with_what_fills_their_blank(tokenizer):

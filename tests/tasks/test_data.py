@@ -64,6 +64,49 @@ def test_bad_files(name, content, words, tmp_path):
         read_table(tmp_path / name)
 
 
+HEAD = "text,label\na,0\nb,1\n"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (HEAD + '"open,1\nc,0\nd,1\n', r"line 4 cannot be read as csv \(unexpected end of data, on line 6\)"),
+        (HEAD + '"open,1\nc,0\n"d, e",1\nf,0\n', r"line 4 cannot be read as csv \(',' expected after '\"', on line 6\)"),
+        (HEAD + '"He" said,0\n', "line 4 cannot be read as csv"),
+        (HEAD + '"open,1\nc,0\n6"', "line 4: 1 fields where the header has 2, over 3 lines of one quote"),
+        (HEAD + '"open,1\nc,0\nsix 6",1\n', "line 4: the quote that opens there goes over 3 lines that look like rows"),
+        ('label,text\n0,a\n1,b\n1,"open\n0,c\n1,six 6"\n', "line 4: the quote that opens there goes over 3 lines"),
+        ("text,label,label \na,0,1\n", "line 1: 'label' is the name of more than one column"),
+        (",text,label\nx,a,0\n", "line 1: column 1 of 3, which holds 'x', has no name"),
+    ],
+)
+def test_quotes_and_names_that_would_lose_data(content, words, tmp_path):
+    (tmp_path / "x.csv").write_text(content)
+    with pytest.raises(DataError, match=words):
+        read_table(tmp_path / "x.csv")
+
+
+def test_a_field_may_go_over_lines_and_an_index_needs_no_name(tmp_path):
+    (tmp_path / "x.csv").write_text(',text,label,\n0,"a, b\nc, d\n\n",0,\n7,"""x"" y",1,\n\n')   # pandas' index
+    assert read_table(tmp_path / "x.csv").rows == [{"text": "a, b\nc, d\n\n", "label": "0"}, {"text": '"x" y', "label": "1"}]
+
+
+@pytest.mark.parametrize(
+    "lines, texts",
+    [
+        (['"he said ""no"""\t1', '"tab\there"\t0', '"two\nlines"\t1', "plain\t0"],                    # as pandas and Excel write
+         ['he said "no"', "tab\there", "two\nlines", "plain"]),
+        (['"whole"\t1', 'and "inside\t0', '"left open\t1'], ['"whole"', 'and "inside', '"left open']),  # bare marks, as in GLUE
+        (['"He came\t1', 'and saw."\t0'], ['"He came', 'and saw."']),                              # opened and closed by chance
+    ],
+)
+def test_a_tsv_is_quoted_or_not_as_a_whole(lines, texts, tmp_path):
+    (tmp_path / "x.tsv").write_text("\n".join(["text\tlabel", *lines, ""]))
+    assert [row["text"] for row in read_table(tmp_path / "x.tsv").rows] == texts
+    (tmp_path / "x.tsv").write_bytes("\r\n".join(["\"text\"\t\"label\"", "\"a\"\t\"1\"", ""]).encode())
+    assert read_table(tmp_path / "x.tsv").rows == [{"text": "a", "label": "1"}]
+
+
 def test_missing_file_and_column(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read_table(tmp_path / "none.csv")

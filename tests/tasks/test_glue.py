@@ -230,5 +230,5 @@ def test_class_names_in_lists(monkeypatch):
     seen = []
     plain = SimpleNamespace(hub=("some/ner",), splits={"train": "train"}, rows=lambda table, *more: seen.append(more) or table)
     table = load_benchmark(plain, None, 1)["train"]
-    assert table.rows == [{"tokens": ["Anna", "ran"], "ner_tags": ["B-PER", "O"], "note": "n"}] and seen == [(1, "train")]
+    assert table.rows == [{"tokens": ["Anna", "ran"], "ner_tags": ["B-PER", "O"], "note": "n"}] and seen == [(1,)]
     assert isinstance(table, Table)

@@ -134,7 +134,7 @@ def files_of(benchmark, folder):
     found = {}
     for split, stems in benchmark.files.items():
         path = next(folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES if (folder / f"{stem}{suffix}").is_file())
-        found[split] = benchmark.rows(read_table(path), 0, split)
+        found[split] = benchmark.rows(read_table(path), 0)
     return found
 
 
@@ -151,25 +151,37 @@ def test_published_label_lists():
     assert [len(names) for names in (CONLL2003, ONTONOTES, CONLL2005, CONLL2012)] == [9, 37, 106, 116]
     assert all(len(set(names)) == len(names) for names in (CONLL2003, ONTONOTES, CONLL2005, CONLL2012))
     assert ONTONOTES[11:13] == ["B-ORG", "I-ORG"] and ONTONOTES[4:6] == ["B-PERSON", "I-PERSON"]
-    table = Table([{"words": ["x"], "tags": ["B-NEW"]}], "x")            # another version of a data set keeps its own tags too
-    assert set(NER["conll2003"].make(table, 0).names) == {*CONLL2003, "B-NEW"}
+    table = Table([{"words": ["x"], "predicate": 0, "tags": ["B-NEW"]}], "x")       # another version of the roles keeps its own
+    assert set(SRL["conll2012"].make(table, 0).names) == {*CONLL2012, "B-NEW"}
+    table.rows[0]["tags"] = ["S-LOC"]                                                # another scheme of the same types
+    assert set(NER["conll2003"].make(table, 0).names) == {*CONLL2003, "S-LOC"}
+
+
+@pytest.mark.parametrize("name, tags, unknown, known", [
+    ("ontonotes", CONLL2003, "MISC, PER", "CARDINAL, DATE, EVENT, .*, WORK_OF_ART"),
+    ("conll2003", ["O", "B-Peop", "I-Loc"], "Loc, Peop", "LOC, MISC, ORG, PER"),
+    ("conll2004", ["PER", "B-Org"], "PER", "Loc, Org, Other, Peop")])
+def test_files_of_another_data_set(name, tags, unknown, known):
+    table = Table([{"words": ["x"] * len(tags), "tags": tags}], "x.txt")
+    with pytest.raises(DataError, match=f"^x.txt has entities of the types {unknown}, but {name} has {known}; give {name}'s own"):
+        NER[name].make(table, 0)
 
 
 def test_hub_rows_become_words_and_tags():
     ontonotes = Table([{"tokens": ["Phil", "Rosen", "of", "Fleet"], "tags": [4, 5, 0, 11]}, {"tokens": [], "tags": []}], "hub")
-    assert NER["ontonotes"].rows(ontonotes, 0, "train").rows == [
+    assert NER["ontonotes"].rows(ontonotes, 0).rows == [
         {"words": ["Phil", "Rosen", "of", "Fleet"], "tags": ["B-PERSON", "I-PERSON", "O", "B-ORG"]}]
     conll = Table([{"id": "0", "tokens": ["EU", "said"], "pos_tags": [22, 38], "chunk_tags": [11, 21], "ner_tags": [3, 0]},
                    {"id": "1", "tokens": ["EU", "said"], "ner_tags": ["B-ORG", "O"]}], "hub")
-    assert NER["conll2003"].rows(conll, 0, "train").rows == [{"words": ["EU", "said"], "tags": ["B-ORG", "O"]}] * 2
+    assert NER["conll2003"].rows(conll, 0).rows == [{"words": ["EU", "said"], "tags": ["B-ORG", "O"]}] * 2
     spans = Table([{"tokens": ["Ann", "Lee", "left", "Rome"], "relations": [], "entities": [
         {"type": "Loc", "start": 3, "end": 4}, {"type": "Peop", "start": 0, "end": 2}]}], "hub")
-    assert NER["conll2004"].rows(spans, 0, "train").rows[0]["tags"] == ["B-Peop", "I-Peop", "O", "B-Loc"]
+    assert NER["conll2004"].rows(spans, 0).rows[0]["tags"] == ["B-Peop", "I-Peop", "O", "B-Loc"]
     assert entity_rows(Table([{"tokens": ["Ann"], "ner_tags": None}], "x"), CONLL2003).rows == [{"words": ["Ann"]}]
     roles = Table([{"document_id": "x", "sentences": [
         {"words": ["It", "is"], "srl_frames": []},
         {"words": ["Ann", "saw", "Bob"], "srl_frames": [{"verb": "saw", "frames": ["B-ARG0", "B-V", "B-ARG1"]}]}]}], "hub")
-    assert SRL["conll2012"].rows(roles, 0, "train").rows == [
+    assert SRL["conll2012"].rows(roles, 0).rows == [
         {"words": ["Ann", "saw", "Bob"], "predicate": 1, "tags": ["B-ARG0", "B-V", "B-ARG1"]}]
 
 
@@ -196,7 +208,7 @@ def test_bad_hub_rows(row, message):
 ])
 def test_published_files(folder, name, stems, sizes):
     benchmark, tables = NER[name], [read_table(SHARED / folder / f"{stem}.txt") for stem in stems]
-    tables = [benchmark.rows(table, 0, "train") for table in tables]
+    tables = [benchmark.rows(table, 0) for table in tables]
     assert tuple(map(len, tables)) == sizes
     task = benchmark.make(tables[0], 0)
     assert len(task.names) == 9 and not [p for table in tables for p in task.problems(table)]

@@ -98,6 +98,15 @@ def test_impossible_questions_and_unlabelled_ones(tmp_path):
     assert not list(SpanTask().problems(table, labelled=False))
 
 
+def test_an_id_is_one_questions():
+    answers = {"text": ["Rome"], "answer_start": [0]}
+    ids = ("a", "b", "a", None, None, "", "", 1, "1")
+    rows = [{"id": i, "question": "q", "context": CONTEXT, "answers": answers} for i in ids]
+    for labelled in (True, False):
+        found = list(SpanTask().problems(Table(rows, "x"), labelled))
+        assert [number for number, _ in found] == [3, 9] and "the id 'a' is row 1's as well" in found[0][1]
+
+
 @pytest.mark.parametrize(
     "article, words",
     [
@@ -121,7 +130,7 @@ def test_both_versions_are_there_by_name(name, version, unanswerable, tmp_path):
     assert benchmark.files["train"][0] == f"train-{version}" and benchmark.files["validation"][0] == f"dev-{version}"
     nested = read_table(saved(tmp_path / "dev.json", OFFICIAL))
     assert benchmark.rows is not None
-    rows = benchmark.rows(nested, 0, "validation")
+    rows = benchmark.rows(nested, 0)
     task = benchmark.make(rows, 0)
     assert task == SpanTask(unanswerable=unanswerable) and bool(list(task.problems(rows))) is not unanswerable
 
@@ -165,7 +174,7 @@ def test_every_gold_answer_comes_back_from_real_text(minilm, file, max_length, q
     assert found["exact"] == found["f1"] == found["HasAns_exact"] == found["NoAns_exact"] == found["best_f1"] == 1.0
     lengths = [len(f["input_ids"]) for f in features]
     answers = task.answers(table, features, [(s[:n], e[:n]) for s, e, n in zip(starts, ends, lengths, strict=True)])
-    assert all(a["answer"] in (row["answers"]["text"] or [""]) for a, row in zip(answers, table.rows, strict=True))
+    assert all(a["prediction"] in (row["answers"]["text"] or [""]) for a, row in zip(answers, table.rows, strict=True))
     limited = SpanTask(unanswerable=True).metrics(table, features)(SimpleNamespace(predictions=(starts, ends)))
     assert len({f["row"] for f in features if f["end_positions"] - f["start_positions"] >= 30}) == long
     assert limited["exact"] == pytest.approx(1 - long / questions)

@@ -209,9 +209,9 @@ def test_answers_and_what_is_shown(tokenizer):
     task, table = SequenceTask(["a", "b"], "y", "classes", ["no", "yes"]), Table(ROWS, "x")
     features = task.features(table, tokenizer, 64)
     found = task.answers(table, features, [np.array([0.0, 3.0]), np.array([1.0, 1.0])])
-    assert found[0] == {"text": "the cat sat on a mat. | the dog", "label": "yes", "probability": pytest.approx(
+    assert found[0] == {"prediction": "yes", "probability": pytest.approx(
         np.exp(3) / (1 + np.exp(3)))}
-    assert (found[1]["label"], found[1]["probability"]) == ("no", pytest.approx(0.5))
+    assert (found[1]["prediction"], found[1]["probability"]) == ("no", pytest.approx(0.5))
     assert task.show(table, features, tokenizer, 1) == "[CLS] a dog ran [SEP] cats sat on the mats. [SEP]  ->  yes"
     values = SequenceTask(["a"], "y", "values", [])
-    assert values.answers(table, features, [[1.25], [2.0]])[0] == {"text": ROWS[0]["a"], "value": 1.25}
+    assert values.answers(table, features, [[1.25], [2.0]])[0] == {"prediction": 1.25}

@@ -210,11 +210,11 @@ def test_search_equals_plain_loops(v2, n_best, max_length, threshold):
     task = SpanTask(unanswerable=v2, n_best_size=n_best, max_answer_length=max_length, null_threshold=threshold)
     lengths = [len(f["offsets"]) for f in features]
     found = task.answers(rows, features, [(s[:n], e[:n]) for s, e, n in zip(starts, ends, lengths, strict=True)])
-    assert [f["answer"] for f in found] == [text for text, _, _ in expected]
+    assert [f["prediction"] for f in found] == [text for text, _, _ in expected]
     assert [f["score"] for f in found] == pytest.approx([scores[0] if scores else 0.0 for _, scores, _ in expected])
     if v2:
-        assert [f["null_score"] for f in found] == pytest.approx([margin for _, _, margin in expected])
-        assert 0 < sum(f["answer"] == "" for f in found) < len(found)
+        assert [f["null_score_diff"] for f in found] == pytest.approx([margin for _, _, margin in expected])
+        assert 0 < sum(f["prediction"] == "" for f in found) < len(found)
     kept = search(windows_of(features), starts, ends, len(rows), n_best, max_length)
     assert [k.scores for k in kept] == [pytest.approx(scores) for _, scores, _ in expected]
 
@@ -227,7 +227,7 @@ def test_metrics_of_padded_logits_are_the_scores_of_the_answers():
     two = SpanTask(unanswerable=True, null_threshold=0.5)
     found = two.metrics(rows, features)(prediction)
     answers = two.answers(rows, features, pairs)
-    plain = squad_scores(golds, [a["answer"] for a in answers], unanswerable=True)
+    plain = squad_scores(golds, [a["prediction"] for a in answers], unanswerable=True)
     assert {k: v for k, v in found.items() if not k.startswith("best")} == pytest.approx(plain)
     again = SpanTask(unanswerable=True, null_threshold=found["best_f1_thresh"]).metrics(rows, features)(prediction)
     assert again["f1"] == pytest.approx(found["best_f1"]) and found["best_f1"] > found["f1"]
@@ -237,7 +237,7 @@ def test_metrics_of_padded_logits_are_the_scores_of_the_answers():
     found = SpanTask().metrics(Table([rows.rows[r] for r in kept], "x"), one)(
         SimpleNamespace(predictions=(starts[where], ends[where])))
     best = SpanTask().answers(rows, features, pairs)
-    assert found == pytest.approx(squad_scores([golds[r] for r in kept], [best[r]["answer"] for r in kept]))
+    assert found == pytest.approx(squad_scores([golds[r] for r in kept], [best[r]["prediction"] for r in kept]))
     assert set(found) == {"exact_match", "f1"}             # the prefix, eval_ or test_, is the Trainer's to add, once
 
 
@@ -248,10 +248,10 @@ def test_probability_is_the_softmax_over_what_was_kept():
     scores = np.exp([2.0 + 0.0, 2.0 + 1.0, -1.0 + 1.0])
     [one] = SpanTask().answers(rows, features, logits)
     share = pytest.approx(scores[1] / scores.sum())
-    assert one == {"id": "1", "question": "?", "answer": "a b", "score": 3.0, "probability": share}
+    assert one == {"prediction": "a b", "score": 3.0, "probability": share}
     [two] = SpanTask(unanswerable=True, null_threshold=-2.0).answers(rows, features, logits)
     null = np.exp(1.5)
-    assert two["answer"] == "" and two["null_score"] == -1.5 and two["score"] == 3.0
+    assert two["prediction"] == "" and two["null_score_diff"] == -1.5 and two["score"] == 3.0
     assert two["probability"] == pytest.approx(null / (null + scores.sum()))
 
 
@@ -261,7 +261,7 @@ def test_nothing_found_is_no_answer():
     features = [{"offsets": [None, None], "row": 0, "input_ids": [0, 0]}]
     for v2 in (False, True):
         found = SpanTask(unanswerable=v2).answers(rows, features, [(np.ones(2), np.ones(2))])
-        assert [f["answer"] for f in found] == ["", ""] and all(np.isfinite(f["score"]) for f in found)
+        assert [f["prediction"] for f in found] == ["", ""] and all(np.isfinite(f["score"]) for f in found)
     with pytest.raises(InputError, match="2 start and 2 end logits were given for 1 windows"):
         SpanTask().metrics(table("Paris"), features)(SimpleNamespace(predictions=(np.ones((2, 2)), np.ones((2, 2)))))
     with pytest.raises(InputError, match="row 1 has logits of 1 tokens for a window of 2"):

@@ -166,7 +166,7 @@ def test_record_rows_cut_entities_with_their_last_character():
         record_rows([{"passage": "p", "entities": []}])
     bad = Table([HUB["record"][1][0] | {"query": "who is old"}], "x")
     with pytest.raises(DataError, match="x query 1: 'who is old' has no @placeholder"):
-        SUPERGLUE["record"].rows(bad, 0, "train")
+        SUPERGLUE["record"].rows(bad, 0)
 
 
 @pytest.mark.parametrize(("text", "pronoun", "index", "words", "at"), [
@@ -187,14 +187,14 @@ def test_a_pronoun_that_is_not_there():
         wsc_words({"text": "They left", "span2_text": "them", "span2_index": 0})
     table = Table([HUB["wsc"][1][0], HUB["wsc"][1][0] | {"span2_text": "them"}], "x")
     with pytest.raises(DataError, match="x row 2: the pronoun 'them'"):
-        SUPERGLUE["wsc"].rows(table, 1, "train")
+        SUPERGLUE["wsc"].rows(table, 1)
 
 
 @pytest.mark.parametrize("name", ["wic", "wsc"])
 def test_templates_there_are_not(name):
     table = Table(HUB[name][1], "x")
     with pytest.raises(ConfigError, match="--template_id 2 does not exist; WiC and WSC have 0 and 1"):
-        SUPERGLUE[name].rows(table, 2, "train")
+        SUPERGLUE[name].rows(table, 2)
     with pytest.raises(ConfigError, match="--template_id 2"):
         SUPERGLUE[name].make(table, 2)
 

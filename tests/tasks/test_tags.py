@@ -239,16 +239,16 @@ def test_answers_are_for_people(tokenizer):
     gold = task().features(TABLE, tokenizer, 10)
     assert len(features) > len(TABLE)
     logits = [np.eye(5)[[max(label, 0) for label in feature["labels"]]] for feature in gold]
-    assert task().answers(TABLE, features, logits) == [
-        {"text": "Ann Lee left New-York .", "tags": "B-PER I-PER O B-LOC O", "entities": "Ann Lee=PER; New-York=LOC"},
-        {"text": "No", "tags": "O", "entities": ""}]
+    first, second = task().answers(TABLE, features, logits)
+    assert first["prediction"] == ["B-PER", "I-PER", "O", "B-LOC", "O"] and second == {"prediction": ["O"], "entities": []}
+    assert [tuple(e.values()) for e in first["entities"]] == [("PER", "Ann Lee", 0, 2), ("LOC", "New-York", 3, 4)]
     with pytest.raises(AssertionError, match="no prediction"):
         task().answers(TABLE, features[:-1], logits[:-1])
     roles = task(names=["O", "B-A0", "B-V"], predicate_column="predicate")
     table = Table([{"words": ["Ann", "ran"], "predicate": 1}], "x")
     feature = roles.features(table, tokenizer, 16, labelled=False)
     answer = roles.answers(table, feature, [np.tile([0.0, 1.0, 0.0], (len(feature[0]["input_ids"]), 1))])[0]
-    assert answer == {"text": "Ann ran", "tags": "B-A0 B-A0", "predicate": "ran", "entities": "Ann=A0; ran=A0"}
+    assert answer["prediction"] == ["B-A0", "B-A0"] and [e["text"] for e in answer["entities"]] == ["Ann", "ran"]
 
 
 def test_show_says_the_labels_in_words(wordpiece):
