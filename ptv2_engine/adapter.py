@@ -226,7 +226,7 @@ def load(cls: type[PromptedModel], folder: str | Path, backbone: str | Path | nn
     for part, theirs, ours in (("weights", hashes[0], origin.weights_hash), ("pooler", hashes[1], origin.pooler_hash)):
         if theirs and theirs != ours:
             raise AdapterMismatch(f"{folder} was trained on {name} ({part} {theirs[:12]}), but {origin.location} has other "
-                                  f"{part} ({ours[:12] or 'none'}); pass backbone= the original one.")
+                                  f"{part} ({ours[:12] or 'none'}); pass the original one (backbone=, --backbone).")
     if settings["task"] == "cloze":
         settings["masked_lm"] = masked_lm_for(encoder, name if backbone is None else backbone)
     model = cls(encoder, origin, prompt, **settings)
@@ -241,7 +241,8 @@ def _load_backbone(folder: Path, name: str, placement: dict[str, Any]) -> tuple[
     try:
         return load_encoder(name, **placement)
     except (ConfigError, WeightError) as error:
-        raise AdapterError(f"{folder} was trained on {name}, which cannot be loaded from there; pass backbone= with the folder, "
+        raise AdapterError(f"{folder} was trained on {name}, which cannot be loaded from there; pass its folder (backbone=, "
+                           "--backbone), "
                            f"hub id or model that holds it ({error})") from error
 
 
@@ -298,6 +299,9 @@ def load_prompt_into(bank: PromptBank, folder: str | Path) -> None:
     if (path / DATA_SETS).is_file() and not (path / TENSORS).is_file():
         path = path / json.loads((path / DATA_SETS).read_text())[0]
     tensors, _ = read_tensors(path / TENSORS)
+    if not any(name.startswith("prompt") for name in tensors):
+        raise AdapterError(f"{folder} holds no prompt to start from (it is a head alone); pass an adapter that was trained with "
+                           "one.")
     fill_prompt(bank, tensors, path)
 
 

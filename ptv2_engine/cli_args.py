@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from ptv2_engine.errors import ConfigError
+from ptv2_engine.errors import ConfigError, did_you_mean
 from ptv2_engine.methods import BY_NAME, Method, prompt_init, resolve
 from ptv2_engine.presets import flags_of, list_presets, load_preset, read_yaml
 from ptv2_engine.prompt import PromptConfig
@@ -161,9 +160,9 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
     known = set(known_flags())
     for name in merged:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known | set(ALIASES) | set(SWITCHES)), 1)
-            raise ConfigError(f"--{name} is not a flag of ptv2 train" + (f"; did you mean --{near[0]}?" if near else
-                                                                         "; ptv2 train --help lists them."))
+            names = sorted(known | set(ALIASES) | set(SWITCHES))
+            raise ConfigError(f"--{name} is not a flag of ptv2 train"
+                              f"{did_you_mean(name, names, '--', 'ptv2 train --help lists them')}")
     parser: Any = _hf_parser(GROUPS, allow_abbrev=False, prog="ptv2 train")
     parser.error = _refuse
     words = [word for name, values in merged.items() for word in (f"--{name}", *values)]
@@ -172,7 +171,7 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
     except ConfigError:
         raise
     except ValueError as error:      # TrainingArguments checks its own fields
-        raise ConfigError(f"{str(error).splitlines()[0]}; see ptv2 train --help.") from error
+        raise ConfigError(f"{' '.join(str(error).split())}; see ptv2 train --help.") from error
 
 
 def over_files(flags: dict[str, list[str]], notes: list[str]) -> dict[str, list[str]]:
@@ -198,7 +197,15 @@ def _single(flag: str, values: list[str], what: str) -> str:
 
 
 def print_help() -> None:
-    _hf_parser(GROUPS, prog="ptv2 train").print_help()
+    """All flags with the defaults that ptv2 train has, and the published spellings."""
+    other = ", ".join(f"--{name} = --{ours}" for name, ours in ALIASES.items())
+    switches = ", ".join(f"--{name} = --{flag} {value}" for name, (flag, value) in SWITCHES.items())
+    parser: Any = _hf_parser(GROUPS, prog="ptv2 train", epilog=(
+        f"Other spellings: {other}, {switches}. --preset NAME (ptv2 presets lists them) and --config FILE.yaml give flags too; "
+        "those of the command line win."))
+    rate = "of the method: " + ", ".join(f"{method.learning_rate:g} ({name})" for name, method in BY_NAME.items())
+    parser.set_defaults(**DEFAULTS, learning_rate=rate)
+    parser.print_help()
 
 
 _hf_parser: Any = HfArgumentParser      # its annotation does not admit a tuple of dataclass types

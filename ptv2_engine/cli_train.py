@@ -40,6 +40,8 @@ SETTINGS = "ptv2_data.json"      # how text becomes features, beside the adapter
 
 def load_tokenizer(name: str, for_words: bool) -> Any:
     """AutoTokenizer, or GLM's own. for_words: one that takes words split already as those of a text. Raises ConfigError."""
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise ConfigError(f"the folder {name!r} does not exist; pass the folder of a checkpoint, or a hub id.")
     try:
         if Path(name).is_dir() and (Path(name) / "config.json").is_file() and model_config(name).get("model_type") == "glm":
             tokenizer = load_glm_tokenizer(name)
@@ -126,6 +128,8 @@ def make_model(model_args: ModelArguments, prompt_args: PromptArguments, args: T
 def text_length(data_args: DataArguments, prompt_length: int, model: Any) -> int:
     """Tokens an example may have. Raises ConfigError where the prompt leaves none."""
     max_length = min(data_args.max_seq_length, model.max_length())
+    if max_length < data_args.max_seq_length:
+        print(f"--max_seq_length {data_args.max_seq_length} is cut to {max_length}: what the backbone takes beside the prompt")
     if max_length < 3:
         raise ConfigError(f"--max_seq_length {data_args.max_seq_length} and --prompt_length {prompt_length} leave {max_length} "
                           f"tokens for text (the backbone takes {model.max_length()} beside the prompt); use 3 or more.")
@@ -142,6 +146,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
         return train_together(model_args, data_args, prompt_args, args)
     tables, task = load_data(data_args)
     check_trainer_flags(args, task)
+    checkpoint_of(args)
     output = Path(args.output_dir or ".")
     check_writable(output)
     transformers.set_seed(args.seed)
@@ -167,21 +172,64 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     for split in (s for s in tables if s not in features):
         print(f"{split}: {len(tables[split])} rows without labels, which are not scored")
     model.print_trainable_parameters()
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    started, resumed = time.perf_counter(), checkpoint_of(args)
+    trainer.train(resume_from_checkpoint=resumed)
     seconds = time.perf_counter() - started
+    if resumed is not None and steps_of(resumed) >= trainer.state.max_steps:
+        print(f"nothing was left to train: {resumed} has {steps_of(resumed)} of {trainer.state.max_steps} steps already")
 
     trainer.save_model()
     results: dict[str, Any] = {
         "output_dir": args.output_dir, "method": method.name, "metric": task.best,
         "trained_parameters": trained_parameters(model), "seconds": round(seconds, 2)}
-    results |= evaluations(trainer.state.log_history, f"eval_{task.best}")
+    if validates:                                             # else those of a run that was resumed
+        results |= evaluations(trainer.state.log_history, f"eval_{task.best}")
+        print(saved_line(results, f"eval_{task.best}", args.load_best_model_at_end))
     for split in (s for s in features if s not in ("train", "validation")):
         results[split] = predict_split(trainer, task, tables[split], features[split], split)
     if args.do_predict:
         write_test_predictions(output, model, tokenizer, task, tables, features, max_length, args.per_device_eval_batch_size)
     replace_file(output / "results.json", json.dumps(results, indent=2).encode())
     return results
+
+
+def checkpoint_of(args: TrainingArguments) -> str | None:
+    """The folder that --resume_from_checkpoint means; true is the last one in output_dir. Raises ConfigError."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        output = str(args.output_dir or ".")
+        found = transformers.trainer_utils.get_last_checkpoint(output) if Path(output).is_dir() else None
+        if found is None:
+            raise ConfigError(f"--resume_from_checkpoint true, but {output} holds no checkpoint; name one, or train with "
+                              "--save_strategy epoch first.")
+        return found
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise ConfigError(f"--resume_from_checkpoint {wanted} is no checkpoint of a run (it has no trainer_state.json); name a "
+                          "checkpoint-STEP folder, or true for the last one in --output_dir.")
+    return str(wanted)
+
+
+def steps_of(checkpoint: str) -> int:
+    return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"])
+
+
+def saved_line(results: dict[str, Any], metric: str, kept_best: bool) -> str:
+    """Which epoch's adapter was saved, and which was the best."""
+    best, last = results.get("best_evaluation"), results.get("last_evaluation", {})
+    if best is None or metric not in last:
+        return "saved: the last epoch's adapter"
+
+    def shown(evaluation: dict[str, Any]) -> str:
+        return f"epoch {evaluation.get('epoch', 0):g} ({metric.removeprefix('eval_')} {evaluation[metric]:.4f})"
+
+    if kept_best:
+        return f"saved: the best, {shown(best)}"
+    if best[metric] == last[metric]:
+        return f"saved: {shown(last)}, none was better"
+    return (f"saved: {shown(last)}; the best was {shown(best)}, which --load_best_model_at_end true --save_strategy epoch would "
+            "keep")
 
 
 def features_of(task: Task, tables: dict[str, Table], tokenizer: Any, max_length: int) -> dict[str, list[Feature]]:
@@ -202,6 +250,9 @@ def check_trainer_flags(args: TrainingArguments, task: Task) -> None:
     """Raises ConfigError for flags of transformers' Trainer that would compute something else than they say."""
     if not 0 <= args.learning_rate < 1e3:
         raise ConfigError(f"--learning_rate {args.learning_rate:g} is outside 0 to 1000; prompts want 1e-3 to 1e-1.")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise ConfigError(f"--num_train_epochs {args.num_train_epochs:g} trains nothing; use more than 0, or ptv2 evaluate to "
+                          "score an adapter that is there.")
     if args.label_smoothing_factor and task.kind in ("choice", "cloze", "span"):
         raise ConfigError(f"--label_smoothing_factor {args.label_smoothing_factor} smooths over classes, but {task.model_task} "
                           "has none that all rows share; leave it out.")

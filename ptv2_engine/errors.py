@@ -6,6 +6,9 @@ a caller would expect, so `except ValueError` keeps working; the command line pr
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class PTV2Error(Exception):
     """Base of everything this package raises on purpose."""
@@ -65,3 +68,10 @@ class NonFiniteLoss(PTV2Error, ArithmeticError):
 
 class RunFailed(PTV2Error, RuntimeError):
     """Training runs of a grid that failed; those that finished are kept."""
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "", others: str | None = None) -> str:
+    """The end of a sentence about a name that does not exist: the nearest that does, or `others` (default: all there are)."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; {others or 'there are ' + ', '.join(names)}."

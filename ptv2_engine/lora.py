@@ -7,8 +7,10 @@ ModernBERT, classifier) trains in full, as transformers made it.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,19 @@ TASKS = {"sequence-classification": ("AutoModelForSequenceClassification", "SEQ_
 TARGETS = {**dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), ("query", "value")),
            "deberta": ("in_proj",), "deberta-v2": ("query_proj", "value_proj"), "modernbert": ("Wqkv",)}
 _OWN = "ptv2_lora"         # the section of adapter_config.json that PEFT does not read
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report that the head, which is to be trained, is new."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 class _Backbone(NamedTuple):
@@ -184,9 +199,10 @@ def make_lora_model(source: str | Path, task: str = "sequence-classification", n
         num_labels, id2label = OUTPUTS[task], {i: f"LABEL_{i}" for i in range(OUTPUTS[task])}
     labels = label_names(config.to_dict(), num_labels, id2label, None)
     try:
-        model = getattr(transformers, class_name).from_pretrained(
-            source, id2label=labels, label2id={name: i for i, name in labels.items()}, problem_type=problem_type,
-            dtype=torch.float32)
+        with _quiet():
+            model = getattr(transformers, class_name).from_pretrained(
+                source, id2label=labels, label2id={name: i for i, name in labels.items()}, problem_type=problem_type,
+                dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(f"transformers makes no {task} model of {source} ({config.model_type}); choose another task or "
                           f"backbone ({str(error).splitlines()[0]}).") from error

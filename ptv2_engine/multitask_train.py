@@ -15,7 +15,6 @@ own run may name: the second stage.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import time
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from ptv2_engine.cli_train import (
     trained_parameters,
     write_settings,
 )
-from ptv2_engine.errors import ConfigError
+from ptv2_engine.errors import ConfigError, did_you_mean
 from ptv2_engine.masked_lm import masked_lm_for
 from ptv2_engine.multitask import MultiTaskBatchSampler, MultiTaskCollator, MultiTaskModel
 from ptv2_engine.presets import flags_of, read_yaml
@@ -149,9 +148,7 @@ def _refuse(message: str) -> None:
 def _known(given: dict[str, Any], names: Any, where: str) -> None:
     for key in given:
         if key not in names:
-            near = difflib.get_close_matches(str(key), list(names), 1)
-            raise ConfigError(f"{where}: {key!r} is not a key" + (f"; did you mean {near[0]}?" if near else
-                                                                   f"; there are {', '.join(names)}."))
+            raise ConfigError(f"{where}: {key!r} is not a key{did_you_mean(str(key), names)}")
 
 
 def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_args: PromptArguments,

@@ -6,11 +6,10 @@ line is its summary. Flags that are given beside a preset win over it.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
-from ptv2_engine.errors import ConfigError
+from ptv2_engine.errors import ConfigError, did_you_mean
 
 FOLDER = Path(__file__).parent / "presets"
 GRIDS = FOLDER / "grids"
@@ -30,9 +29,7 @@ def load_preset(name: str) -> dict[str, list[str]]:
     """Flag name -> values as strings, what `--name value ...` would say. Raises ConfigError for a name there is not."""
     known = [name for name, _ in list_presets()]
     if name not in known:
-        near = difflib.get_close_matches(name.lower(), known, 1)
-        raise ConfigError(f"--preset {name!r} does not exist" + (f"; did you mean {near[0]}?" if near else
-                                                                 f"; there are {', '.join(known)}."))
+        raise ConfigError(f"--preset {name!r} does not exist{did_you_mean(name.lower(), known)}")
     return flags_of(read_yaml(FOLDER / f"{name}.yaml", "--preset"), f"--preset {name}")
 
 

@@ -47,7 +47,7 @@ class LiveProgress(TrainerCallback):
         if scores:
             self.fields["score"] = " ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "loss")
             line = f"{self.title}: epoch {logs.get('epoch', 0):.0f}  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
-            if not self.console.is_terminal:
+            if not self.console.is_terminal and self.fields["loss"] != "-":         # nothing was logged yet on a short run
                 line += f"  (train loss {self.fields['loss']}, {self.fields['speed']} tokens/s, {self.fields['memory']} MiB)"
             self.console.print(line, highlight=False, soft_wrap=True)
         if self.bar is not None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_graphed import LENGTHS, batch_of, rows_for_trainer
 
 from ptv2_engine import PromptConfig, PromptedModel, Trainer
 from ptv2_engine.graphed import GraphedAdamW, StepGraphs
 from ptv2_engine.optim import parameter_groups
 from ptv2_engine.testing import tiny_model
+from tests.test_graphed import LENGTHS, batch_of, rows_for_trainer
 
 pytestmark = pytest.mark.gpu
 TASKS = ["sequence-classification", "token-classification", "question-answering", "multiple-choice"]
