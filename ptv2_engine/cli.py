@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ptv2_engine.errors import PTV2Error
+from ptv2_engine.errors import ConfigError, PTV2Error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,11 @@ def _train(argv: list[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
     from ptv2_engine.cli_train import train
 
-    print(json.dumps(train(model_args, data_args, prompt_args, training_args), indent=2))
+    try:
+        results = train(model_args, data_args, prompt_args, training_args)
+    except ConfigError as error:
+        raise ConfigError(cli_args.as_flags(str(error))) from error
+    print(json.dumps(results, indent=2))
 
 
 def _adapter_parser(name: str, text: str) -> argparse.ArgumentParser:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +19,7 @@ from ptv2_engine.prompt import PromptConfig
 
 DEFAULTS = {"output_dir": "runs/ptv2", "per_device_train_batch_size": "32",
             "per_device_eval_batch_size": "64", "num_train_epochs": "10", "logging_steps": "10", "report_to": "none",
-            "eval_strategy": "epoch", "save_strategy": "no", "disable_tqdm": "True"}
+            "eval_strategy": "epoch", "disable_tqdm": "True"}
 
 # the published scripts' flags (and transformers 4's) -> ours
 ALIASES = {
@@ -69,11 +71,11 @@ class DataArguments:
     train_file: str | None = field(
         default=None, metadata={"help": "csv, tsv, json, jsonl, parquet or CoNLL columns (txt, conll)"}
     )
-    validation_file: str | None = None
-    test_file: str | None = None
+    validation_file: str | None = field(default=None, metadata={"help": "scored after every epoch (--eval_strategy)"})
+    test_file: str | None = field(default=None, metadata={"help": "scored after training; its predictions: --do_predict"})
     task: str | None = field(default=None, metadata={
-        "help": "sequence-classification, token-classification, question-answering, multiple-choice or regression; default: by "
-        "the columns"})
+        "help": "sequence-classification, token-classification, question-answering, multiple-choice, or regression (numbers to "
+        "come close to; whole ones are classes unless it is named); default: by the columns"})
     text_columns: list[str] | None = field(default=None, metadata={
         "help": "one or two columns; one with word lists for tagging; question and context for question answering"})
     label_column: str | None = field(default=None, metadata={"help": "default: label, labels, tags or answers"})
@@ -96,9 +98,9 @@ class DataArguments:
         "help": "cloze, own data: columns and one blank, such as '{premise} Question: {hypothesis}? Answer: {mask}.'"})
     verbalizers: list[str] | None = field(default=None, metadata={"help": "cloze, own data: 'label= word' for each label"})
     max_seq_length: int = field(default=128, metadata={"help": "tokens kept of an example; the model's limit also applies"})
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    max_predict_samples: int | None = None
+    max_train_samples: int | None = field(default=None, metadata={"help": "take only the first rows of the training data"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "the same of the validation data"})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "the same of the test data"})
 
 
 @dataclass
@@ -108,16 +110,18 @@ class PromptArguments:
     method: str = field(default="p-tuning-v2", metadata={
         "help": "p-tuning-v2 (every layer), prompt-tuning (input), p-tuning (v1: input, behind an LSTM), head-only, fine-tuning, "
         "bitfit, or lora (PEFT's)"})
-    prompt_length: int = 20
+    prompt_length: int = field(default=20, metadata={
+        "help": "vectors a layer; the paper: below 20 for simple tasks, about 100 for hard ones"})
     prompt_layers: str = field(default="all", metadata={"help": "all, a number k for the top k, or layers from 1 such as 17-24"})
     reparameterization: str | None = field(default=None, metadata={"help": "mlp, lstm or none"})
-    reparameterization_hidden: int = 512
-    prompt_dropout: float = 0.1
+    reparameterization_hidden: int = field(default=512, metadata={"help": "width of the mlp or lstm"})
+    prompt_dropout: float = field(default=0.1, metadata={"help": "on the prompt; --hidden_dropout_prob overwrites it"})
     prompt_init: str = field(default="normal", metadata={
-        "help": "normal, zero, tokens (random ones of the vocabulary), 'text:some words', or the folder of a saved adapter"})
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    head_learning_rate: float | None = None
+        "help": "what the prompt starts from, --init for short: normal, zero, tokens (random ones of the vocabulary), 'text:some "
+        "words', or the folder of a saved adapter"})
+    lora_rank: int = field(default=8, metadata={"help": "of --method lora"})
+    lora_alpha: int = field(default=16, metadata={"help": "of --method lora: the update is alpha / rank * B A"})
+    head_learning_rate: float | None = field(default=None, metadata={"help": "of the head; default: --learning_rate"})
     epoch_decay: float | None = field(
         default=None, metadata={"help": "multiply the rate by this each epoch; default 0.95 for tagging and question answering, "
                                 "where no --lr_scheduler_type is given; 0: use the scheduler"}
@@ -155,6 +159,9 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
         merged.setdefault("epoch_decay", ["0"])
     method = BY_NAME.get(merged.get("method", ["p-tuning-v2"])[0])
     merged.setdefault("learning_rate", [str(method.learning_rate if method else 5e-3)])
+    _settle_best(merged)
+    if merged.get("resume_from_checkpoint") == []:
+        merged["resume_from_checkpoint"] = ["True"]
     if not torch.cuda.is_available():
         merged.setdefault("use_cpu", ["True"])      # transformers refuses --bf16 without it
     known = set(known_flags())
@@ -172,6 +179,24 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
         raise
     except ValueError as error:      # TrainingArguments checks its own fields
         raise ConfigError(f"{' '.join(str(error).split())}; see ptv2 train --help.") from error
+
+
+def _settle_best(merged: dict[str, list[str]]) -> None:
+    """The default of save_strategy: a checkpoint of each new best where the best is to be kept, else none; `merged` is changed.
+    Raises ConfigError where the best is to be kept and the strategies differ."""
+    keeps = "".join(merged.get("load_best_model_at_end", ["false"])).lower() in ("", "true")
+    saving, evaluating = merged.setdefault("save_strategy", ["best" if keeps else "no"]), merged["eval_strategy"]
+    if keeps and saving not in (["best"], evaluating):
+        raise ConfigError("--load_best_model_at_end needs a checkpoint of every evaluation, but --save_strategy "
+                          f"{' '.join(saving)} is not --eval_strategy {' '.join(evaluating)}; leave --save_strategy out.")
+
+
+def as_flags(sentence: str) -> str:
+    """A sentence that names Python's arguments, in the command line's words: "prompt_length 0 is below 1; use method='none'"
+    becomes "--prompt_length 0 is below 1; use --method none"."""
+    names = "|".join({*known_flags(), *ALIASES})
+    sentence = re.sub(rf"(?<![\w-])({names})=(['\"]?)([\w:]+)\2", r"--\1 \3", sentence)
+    return re.sub(rf"(^|(?<![\w-])(?=[a-z]+_))({names})(?= ['\d-])", r"--\2", sentence)
 
 
 def over_files(flags: dict[str, list[str]], notes: list[str]) -> dict[str, list[str]]:
@@ -200,11 +225,16 @@ def print_help() -> None:
     """All flags with the defaults that ptv2 train has, and the published spellings."""
     other = ", ".join(f"--{name} = --{ours}" for name, ours in ALIASES.items())
     switches = ", ".join(f"--{name} = --{flag} {value}" for name, (flag, value) in SWITCHES.items())
-    parser: Any = _hf_parser(GROUPS, prog="ptv2 train", epilog=(
-        f"Other spellings: {other}, {switches}. --preset NAME (ptv2 presets lists them) and --config FILE.yaml give flags too; "
-        "those of the command line win."))
+    parser: Any = _hf_parser(
+        GROUPS, prog="ptv2 train", usage="ptv2 train --model_name_or_path MODEL --train_file FILE [--FLAG VALUE ...]",
+        epilog=f"Other spellings: {other}, {switches}. --preset NAME (ptv2 presets lists them) and --config FILE.yaml give flags "
+        "too; those of the command line win.")
     rate = "of the method: " + ", ".join(f"{method.learning_rate:g} ({name})" for name, method in BY_NAME.items())
-    parser.set_defaults(**DEFAULTS, learning_rate=rate)
+    parser.set_defaults(**DEFAULTS, learning_rate=rate, use_cpu="where there is no GPU",
+                        save_strategy="no; best with --load_best_model_at_end")
+    for action in parser._actions:          # "default: the backbone's" needs no "(default: None)"
+        if action.default is None:
+            action.default = argparse.SUPPRESS
     parser.print_help()
 
 

@@ -81,6 +81,8 @@ def check_arguments(model_args: ModelArguments) -> str:
     if model_args.model_name_or_path is None:
         raise ConfigError("no backbone; give --model_name_or_path HUB_ID_OR_FOLDER.")
     check_placement(model_args.frozen_dtype, model_args.stream_weights)
+    if model_args.hidden_dropout_prob is not None and not 0 <= model_args.hidden_dropout_prob < 1:
+        raise ConfigError(f"--hidden_dropout_prob {model_args.hidden_dropout_prob:g} is outside [0, 1); 0 switches dropout off.")
     for name, value, known in (("memory", model_args.memory, MEMORY), ("dtype", model_args.dtype, (None, *DTYPES))):
         if value not in known:
             raise ConfigError(f"--{name} {value!r} does not exist; choose one of {', '.join(filter(None, known))}.")
@@ -140,23 +142,24 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
           args: TrainingArguments) -> dict[str, Any]:
     """Train, save the adapter with its tokenizer and settings, and return the results that are also written."""
     source, method = check_arguments(model_args), prompt_args.resolved()
+    check_training(prompt_args, args)
     if data_args.multi_task is not None:
         from ptv2_engine.multitask_train import train_together
 
         return train_together(model_args, data_args, prompt_args, args)
     tables, task = load_data(data_args)
-    check_trainer_flags(args, task)
-    checkpoint_of(args)
+    check_smoothing(args, task)
+    validates, metric = has_validation(tables, task), f"eval_{task.best}"
+    settle_evaluation(args, validates, metric)
     output = Path(args.output_dir or ".")
     check_writable(output)
     transformers.set_seed(args.seed)
+    model_config(source)                          # what it says of a backbone that is not there is clearer than a tokenizer's
     tokenizer = load_tokenizer(model_args.tokenizer_name or source, task.kind == "tags")
     model = make_model(model_args, prompt_args, args, task, tokenizer)
     max_length = text_length(data_args, prompt_args.prompt_length, model)
     features = features_of(task, tables, tokenizer, max_length)
     write_settings(output, task, max_length, data_args)            # before training: its checkpoints need it
-    validates = "validation" in features
-    settle_evaluation(args, validates, f"eval_{task.best}")
     trainer = Trainer(model, args, train_dataset=as_features(features["train"]),
                       eval_dataset=as_features(features["validation"]) if validates else None,
                       processing_class=tokenizer, preprocess_logits_for_metrics=best_candidate if picks(task) else None,
@@ -182,9 +185,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     results: dict[str, Any] = {
         "output_dir": args.output_dir, "method": method.name, "metric": task.best,
         "trained_parameters": trained_parameters(model), "seconds": round(seconds, 2)}
-    if validates:                                             # else those of a run that was resumed
-        results |= evaluations(trainer.state.log_history, f"eval_{task.best}")
-        print(saved_line(results, f"eval_{task.best}", args.load_best_model_at_end))
+    if evaluates(args):                                       # else they are those of a run that was resumed
+        results |= evaluations(trainer.state.log_history, metric)
+        print(saved_line(trainer.state, metric, args.load_best_model_at_end))
     for split in (s for s in features if s not in ("train", "validation")):
         results[split] = predict_split(trainer, task, tables[split], features[split], split)
     if args.do_predict:
@@ -215,21 +218,20 @@ def steps_of(checkpoint: str) -> int:
     return int(json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"])
 
 
-def saved_line(results: dict[str, Any], metric: str, kept_best: bool) -> str:
-    """Which epoch's adapter was saved, and which was the best."""
-    best, last = results.get("best_evaluation"), results.get("last_evaluation", {})
-    if best is None or metric not in last:
-        return "saved: the last epoch's adapter"
-
+def saved_line(state: transformers.TrainerState, metric: str, kept_best: bool) -> str:
+    """Which evaluation was of the adapter that is saved, and which was the best by metric."""
     def shown(evaluation: dict[str, Any]) -> str:
-        return f"epoch {evaluation.get('epoch', 0):g} ({metric.removeprefix('eval_')} {evaluation[metric]:.4f})"
+        return f"epoch {evaluation['epoch']:.4g} ({metric.removeprefix('eval_')} {evaluation[metric]:.4f})"
 
-    if kept_best:
-        return f"saved: the best, {shown(best)}"
-    if best[metric] == last[metric]:
-        return f"saved: {shown(last)}, none was better"
-    return (f"saved: {shown(last)}; the best was {shown(best)}, which --load_best_model_at_end true --save_strategy epoch would "
-            "keep")
+    found = [entry for entry in state.log_history if metric in entry]
+    kept = state.best_model_checkpoint if kept_best else None
+    step = state.global_step if kept is None else int(kept.rpartition("-")[2])            # of OUTPUT/checkpoint-STEP
+    saved = next((entry for entry in found if entry["step"] == step), None)
+    line = f"saved: epoch {state.epoch or 0:.4g}, not evaluated" if saved is None else f"saved: {shown(saved)}"
+    best = max(found, key=lambda entry: entry[metric], default=saved)
+    if best is None or saved is not None and saved[metric] >= best[metric]:
+        return f"{line}, none was better" if len(found) > 1 else line
+    return f"{line}; best was {shown(best)}" + ("" if kept_best else ": --load_best_model_at_end keeps that")
 
 
 def features_of(task: Task, tables: dict[str, Table], tokenizer: Any, max_length: int) -> dict[str, list[Feature]]:
@@ -238,26 +240,52 @@ def features_of(task: Task, tables: dict[str, Table], tokenizer: Any, max_length
             for split, table in tables.items() if split == "train" or task.has_labels(table)}
 
 
+def has_validation(tables: Mapping[str, Table], task: Task) -> bool:
+    """Whether there are labels to validate on."""
+    return "validation" in tables and task.has_labels(tables["validation"])
+
+
+def evaluates(args: TrainingArguments) -> bool:
+    """Whether a run evaluates while it trains (after settle_evaluation)."""
+    return args.eval_strategy != transformers.trainer_utils.IntervalStrategy.NO
+
+
 def settle_evaluation(args: TrainingArguments, validates: bool, metric: str) -> None:
-    """No evaluation without validation data; the best model is the best by the task's metric unless another is named."""
+    """No evaluation without validation data; the best model is the best by the task's metric unless another is named. Raises
+    ConfigError where the best is asked for and nothing says which that is."""
+    if args.load_best_model_at_end and not (validates and evaluates(args)):
+        missing = "--eval_strategy no does not evaluate; give epoch" if validates else (
+            "there is no labelled validation data; give --validation_file")
+        raise ConfigError(f"--load_best_model_at_end keeps the best by validation, but {missing}, or leave it out.")
     if not validates:
         args.eval_strategy, args.do_eval = transformers.trainer_utils.IntervalStrategy.NO, False
     if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
         args.metric_for_best_model, args.greater_is_better = metric, True
 
 
-def check_trainer_flags(args: TrainingArguments, task: Task) -> None:
-    """Raises ConfigError for flags of transformers' Trainer that would compute something else than they say."""
-    if not 0 <= args.learning_rate < 1e3:
-        raise ConfigError(f"--learning_rate {args.learning_rate:g} is outside 0 to 1000; prompts want 1e-3 to 1e-1.")
+def check_training(prompt_args: PromptArguments, args: TrainingArguments) -> None:
+    """Raises ConfigError for flags that train nothing, or something else than they say, and for a checkpoint there is not."""
+    for name, rate in (("learning_rate", args.learning_rate), ("head_learning_rate", prompt_args.head_learning_rate)):
+        if rate is not None and not 0 <= rate < 1e3:
+            raise ConfigError(f"--{name} {rate:g} is outside 0 to 1000; prompts want 1e-3 to 1e-1.")
+    if prompt_args.epoch_decay is not None and not 0 <= prompt_args.epoch_decay <= 1:
+        raise ConfigError(f"--epoch_decay {prompt_args.epoch_decay:g} is outside 0 to 1; use 0.95 as published, or 0 for the "
+                          "scheduler.")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ConfigError(f"--num_train_epochs {args.num_train_epochs:g} trains nothing; use more than 0, or ptv2 evaluate to "
                           "score an adapter that is there.")
+    if args.fp16:
+        raise ConfigError("--fp16 asks for autocast and loss scaling, which prompts are not trained with; use --bf16.")
+    if args.batch_eval_metrics:
+        raise ConfigError("--batch_eval_metrics scores batch by batch, but these metrics need a whole table; leave it out.")
+    checkpoint_of(args)
+
+
+def check_smoothing(args: TrainingArguments, task: Task) -> None:
+    """Raises ConfigError for label smoothing where there are no classes to smooth over."""
     if args.label_smoothing_factor and task.kind in ("choice", "cloze", "span"):
         raise ConfigError(f"--label_smoothing_factor {args.label_smoothing_factor} smooths over classes, but {task.model_task} "
                           "has none that all rows share; leave it out.")
-    if args.batch_eval_metrics:
-        raise ConfigError("--batch_eval_metrics scores batch by batch, but these metrics need a whole table; leave it out.")
 
 
 def picks(task: Task) -> bool:

@@ -32,11 +32,15 @@ from ptv2_engine.cli_tables import described, load_data, own_flags
 from ptv2_engine.cli_train import (
     best_candidate,
     check_arguments,
-    check_trainer_flags,
+    check_smoothing,
+    checkpoint_of,
+    evaluates,
     features_of,
+    has_validation,
     load_tokenizer,
     make_model,
     picks,
+    saved_line,
     settle_evaluation,
     text_length,
     trained_parameters,
@@ -167,6 +171,9 @@ def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_
     sets = [DataSet(name, own, *load_data(own)) for name, own in arguments.items()]
     if mix and (cloze := [s.name for s in sets if s.task.kind == "cloze"]):
         raise ConfigError(f"mix: true cannot hold the cloze task {cloze[0]}; set mix: false.")
+    for data_set in sets:
+        check_smoothing(args, data_set.task)
+    settle_evaluation(args, any(has_validation(s.tables, s.task) for s in sets), "eval_mean")
     output = Path(args.output_dir or ".")
     check_writable(output)
     transformers.set_seed(args.seed)
@@ -182,13 +189,11 @@ def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_
     if model_args.hidden_dropout_prob is not None:
         model.set_hidden_dropout(model_args.hidden_dropout_prob)
     for data_set in sets:
-        check_trainer_flags(args, data_set.task)
         own = of_words if data_set.task.kind == "tags" else tokenizer
         data_set.tokenise(own, prompt_args.prompt_length, model)
         (output / data_set.name).mkdir(parents=True, exist_ok=True)
         write_settings(output / data_set.name, data_set.task, data_set.max_length, data_set.arguments)
         own.save_pretrained(output / data_set.name)
-    settle_evaluation(args, any("validation" in s.features for s in sets), "eval_mean")
     trainer = MultiTaskTrainer(model, args, sets, temperature=temperature, mix=mix, processing_class=tokenizer,
                                head_learning_rate=prompt_args.head_learning_rate, epoch_decay=prompt_args.epoch_decay or None)
     show_progress(trainer, ", ".join(model.names))
@@ -196,11 +201,13 @@ def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_
         print(f"{data_set.name}: {described(data_set.task)}, {len(data_set.features['train'])} examples")
     model.print_trainable_parameters()
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_of(args))
     results: dict[str, Any] = {
         "output_dir": args.output_dir, "method": method.name, "trained_parameters": trained_parameters(model),
         "seconds": round(time.perf_counter() - started, 2), "data_sets": {}}
     trainer.save_model()
+    if evaluates(args):
+        print(saved_line(trainer.state, "eval_mean", args.load_best_model_at_end))
     for d, data_set in enumerate(sets):
         scores = {split: trainer.score(d, split, split) for split in data_set.features if split != "train"}
         results["data_sets"][data_set.name] = {"metric": data_set.task.best} | scores
