@@ -33,9 +33,9 @@ def lengths_of(kind: str, batch: int = 32, tokens: int | None = None) -> list[in
     """Lengths of a batch: a name of LENGTHS, or a number for equal ones. tokens: as many sequences as hold about that many."""
     if kind not in LENGTHS:
         return [int(kind)] * (max(1, tokens // int(kind)) if tokens else batch)
-    drawn = LENGTHS[kind] * -(-(tokens or 0) // sum(LENGTHS[kind]) or 1)
     if not tokens:
-        return drawn[:batch]
+        return LENGTHS[kind][:batch]
+    drawn = LENGTHS[kind] * -(-tokens // sum(LENGTHS[kind]))
     ends = torch.tensor(drawn).cumsum(0)
     return drawn[:max(1, int((ends <= tokens).sum()))]
 

@@ -103,6 +103,8 @@ def test_the_fitted_line():
 def test_lengths():
     assert sum(shapes.lengths_of("128", tokens=16384)) == 16384
     assert 15_500 < sum(shapes.lengths_of("rte", tokens=16384)) <= 16384
+    assert len(shapes.lengths_of("rte", 16)) == 16 and shapes.lengths_of("7", 3) == [7, 7, 7]
+    assert sum(shapes.lengths_of("squad", tokens=200_000)) > 190_000               # more than there are: once again
     mnli = shapes.LENGTHS["mnli"]
     assert abs(sum(mnli) / len(mnli) - 39) < 1
 

@@ -22,6 +22,8 @@ from ptv2_engine.memory.planner import Workload, warm_up
 from ptv2_engine.ops import planned_for
 from ptv2_engine.optim import parameter_groups
 from ptv2_engine.testing import tiny_config, tiny_model
+from tests.encoder.plain_glm import PlainGLM
+from tests.test_cloze import CONTEXTS, example
 
 LENGTHS = [[9, 3, 17, 12], [8, 4, 16, 13], [21, 2, 5, 30], [10, 3, 17, 11], [22, 2, 5, 29], [7, 30, 1, 3]]
 
@@ -100,6 +102,20 @@ def test_spare_tokens_and_every_kind_of_prompt(prompt):
     model, batch = model_of(dropout=False, **prompt), batch_of(LENGTHS[2])
     both = [model(**inputs).loss for inputs in (batch, fill_up(batch, model.max_length(), False))]
     torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)
+
+
+def test_spare_tokens_behind_part_b():
+    """GLM's cloze by verbalizers: two positions a token, and a causal part that spare rows must not widen."""
+    model = PromptedModel.from_pretrained(PlainGLM(), task="cloze", prompt=PromptConfig(5), verbalizer_ids=[101, 3, 55]).train()
+    batch = PackedCollator()([example(*context, label=i) for i, context in enumerate(CONTEXTS)])
+    results = []
+    for inputs in (batch, fill_up(batch, model.max_length(), False)):
+        model.zero_grad()
+        loss = model(**inputs, seed=torch.tensor([7])).loss
+        loss.backward()
+        results.append((loss.detach(), model.prompt.bank.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=2e-5, atol=2e-6)
 
 
 def plain_steps(model, optimizer, batches, accumulate, max_norm):
