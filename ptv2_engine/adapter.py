@@ -300,8 +300,8 @@ def load_prompt_into(bank: PromptBank, folder: str | Path) -> None:
         path = path / json.loads((path / DATA_SETS).read_text())[0]
     tensors, _ = read_tensors(path / TENSORS)
     if not any(name.startswith("prompt") for name in tensors):
-        raise AdapterError(f"{folder} holds no prompt to start from (it is a head alone); pass an adapter that was trained with "
-                           "one.")
+        raise AdapterError(f"{folder} holds no prompt to start from; pass an adapter that was trained with one (--method "
+                           "p-tuning-v2, ...), or leave --init out.")
     fill_prompt(bank, tensors, path)
 
 

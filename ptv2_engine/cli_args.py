@@ -39,6 +39,13 @@ IGNORED = {"overwrite_output_dir", "overwrite_cache", "use_fast_tokenizer", "pad
            "cache_dir", "config_name", "version_2_with_negative"}
 
 
+# where transformers' words do not say what happens here
+_OWN_HELP = {"resume_from_checkpoint": "a checkpoint-STEP folder; nothing, or True: the last one in --output_dir",
+             "load_best_model_at_end": "save the best evaluation's adapter and not the last one's; needs validation data",
+             "metric_for_best_model": "what the best is by; default: the task's first metric",
+             "do_predict": "write predictions of the test data into --output_dir"}
+
+
 @dataclass
 class ModelArguments:
     """The backbone, and how much memory it may take (ptv2 memory plans it)."""
@@ -224,7 +231,7 @@ def _single(flag: str, values: list[str], what: str) -> str:
 def print_help() -> None:
     """All flags with the defaults that ptv2 train has, and the published spellings."""
     other = ", ".join(f"--{name} = --{ours}" for name, ours in ALIASES.items())
-    switches = ", ".join(f"--{name} = --{flag} {value}" for name, (flag, value) in SWITCHES.items())
+    switches = ", ".join(f"--{name} alone = --{flag} {value}" for name, (flag, value) in SWITCHES.items())
     parser: Any = _hf_parser(
         GROUPS, prog="ptv2 train", usage="ptv2 train --model_name_or_path MODEL --train_file FILE [--FLAG VALUE ...]",
         epilog=f"Other spellings: {other}, {switches}. --preset NAME (ptv2 presets lists them) and --config FILE.yaml give flags "
@@ -235,6 +242,7 @@ def print_help() -> None:
     for action in parser._actions:          # "default: the backbone's" needs no "(default: None)"
         if action.default is None:
             action.default = argparse.SUPPRESS
+        action.help = _OWN_HELP.get(action.dest, action.help)
     parser.print_help()
 
 

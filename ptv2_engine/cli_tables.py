@@ -41,9 +41,12 @@ def read_data(data: DataArguments) -> tuple[dict[str, Table], Task]:
         task = task or benchmark.make(tables["train"], data.template_id)
     else:
         files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-        tables = {split: normalised(read_table(file)) for split, file in files.items() if file is not None}
-        task = task or task_for(tables["train"], task=data.task, text_columns=data.text_columns, label_column=data.label_column,
+        given = {split: read_table(file) for split, file in files.items() if file is not None}
+        train = normalised(given.pop("train"))
+        task = task or task_for(train, task=data.task, text_columns=data.text_columns, label_column=data.label_column,
                                 choice_columns=data.choice_columns)
+        tagging = task.kind == "tags"             # then words are split in a test file without tags too, as predict does
+        tables = {"train": train} | {split: normalised(table, tagging) for split, table in given.items()}
     if isinstance(task, ClozeTask):
         tables = {split: task.flat(table) for split, table in tables.items()}
     if task.kind == "span":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,16 +39,22 @@ _OWN = "ptv2_lora"         # the section of adapter_config.json that PEFT does n
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' report that the head, which is to be trained, is new."""
-    import transformers
+def _held_report() -> Iterator[list[logging.LogRecord]]:
+    """transformers' report on loading is kept in a list; what is left of that when the block ends is logged."""
+    logger, held = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    def passes(record: logging.LogRecord) -> bool:
+        if is_report := "LOAD REPORT" in record.getMessage():
+            held.append(record)
+        return not is_report
+
+    logger.addFilter(passes)
     try:
-        yield
+        yield held
     finally:
-        transformers.logging.set_verbosity(level)
+        logger.removeFilter(passes)
+        for record in held:
+            logger.handle(record)
 
 
 class _Backbone(NamedTuple):
@@ -185,6 +192,8 @@ def make_lora_model(source: str | Path, task: str = "sequence-classification", n
     import peft
     import transformers
 
+    if rank < 1:
+        raise ConfigError(f"lora_rank {rank} is below 1; use 1 or more.")
     if task not in TASKS:
         raise ConfigError(f"method 'lora' has no task {task!r}; choose one of {', '.join(TASKS)}.")
     try:
@@ -199,10 +208,12 @@ def make_lora_model(source: str | Path, task: str = "sequence-classification", n
         num_labels, id2label = OUTPUTS[task], {i: f"LABEL_{i}" for i in range(OUTPUTS[task])}
     labels = label_names(config.to_dict(), num_labels, id2label, None)
     try:
-        with _quiet():
-            model = getattr(transformers, class_name).from_pretrained(
+        with _held_report() as reports:
+            model, found = getattr(transformers, class_name).from_pretrained(
                 source, id2label=labels, label2id={name: i for i, name in labels.items()}, problem_type=problem_type,
-                dtype=torch.float32)
+                dtype=torch.float32, output_loading_info=True)
+            if not any(name.startswith(f"{model.base_model_prefix}.") for name in found["missing_keys"]):
+                reports.clear()                    # only the head is new, as it is to be
     except (OSError, ValueError) as error:
         raise ConfigError(f"transformers makes no {task} model of {source} ({config.model_type}); choose another task or "
                           f"backbone ({str(error).splitlines()[0]}).") from error

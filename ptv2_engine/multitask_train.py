@@ -28,6 +28,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from ptv2_engine.adapter import replace_file
 from ptv2_engine.batches import PackedCollator
 from ptv2_engine.cli_args import DataArguments, ModelArguments, PromptArguments
+from ptv2_engine.cli_predictions import write_test_predictions
 from ptv2_engine.cli_tables import described, load_data, own_flags
 from ptv2_engine.cli_train import (
     best_candidate,
@@ -211,5 +212,9 @@ def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_
     for d, data_set in enumerate(sets):
         scores = {split: trainer.score(d, split, split) for split in data_set.features if split != "train"}
         results["data_sets"][data_set.name] = {"metric": data_set.task.best} | scores
+        if args.do_predict:
+            write_test_predictions(output / data_set.name, model.members[data_set.name],
+                                   of_words if data_set.task.kind == "tags" else tokenizer, data_set.task, data_set.tables,
+                                   data_set.features, data_set.max_length, args.per_device_eval_batch_size)
     replace_file(output / "results.json", json.dumps(results, indent=2).encode())
     return results

@@ -48,6 +48,9 @@ class Throughput(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.tokens, self.since = self.trainer.tokens_seen, time.perf_counter()
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.on_train_begin(args, state, control)            # an evaluation's time is not training's
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None,
                **_: Any) -> None:
         if logs is None or "loss" not in logs:

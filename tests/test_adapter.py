@@ -90,7 +90,7 @@ def test_a_peft_adapter_on_a_base_without_its_pooler_is_refused(tmp_path):
 def test_a_backbone_that_is_gone_or_settings_of_another_version_say_so(tmp_path):
     base, ours, _ = make()
     ours.save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match="was trained on a model in memory, which cannot be loaded from there; pass its folder"):
+    with pytest.raises(AdapterError, match="was trained on a model in memory, which cannot be loaded .*; pass its folder"):
         PromptedModel.from_adapter(tmp_path)
     tensors, metadata = adapter_module.read_tensors(tmp_path / "adapter_model.safetensors")
     config = json.loads(metadata["ptv2_config"])

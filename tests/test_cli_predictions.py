@@ -9,8 +9,9 @@ import json
 import pytest
 
 from ptv2_engine.cli import main
+from ptv2_engine.cli_args import DataArguments
 from ptv2_engine.cli_predictions import beside, form_of, own_rows, render
-from ptv2_engine.cli_tables import check_columns
+from ptv2_engine.cli_tables import check_columns, load_data
 from ptv2_engine.errors import ConfigError, DataError, OutputError
 from ptv2_engine.tasks import Table
 from ptv2_engine.tasks.choices import ChoiceTask
@@ -65,6 +66,31 @@ def test_labelled_test_tables_are_predicted_too(backbone, tmp_path, capsys):  # 
     metrics = json.loads((tmp_path / "a" / "results.json").read_text())["test"]
     assert sum(right) / len(right) == pytest.approx(metrics["test_accuracy"])
     assert "test: predictions of 6 rows in" in capsys.readouterr().out
+
+
+def test_words_of_an_unlabelled_test_file_are_split(tmp_path):
+    write(tmp_path / "train.jsonl", [{"words": "ann went", "tags": "B-PER O"}])
+    write(tmp_path / "test.jsonl", [{"words": "bob saw paris"}])
+    tables, _ = load_data(DataArguments(train_file=str(tmp_path / "train.jsonl"), test_file=str(tmp_path / "test.jsonl")))
+    assert tables["test"].rows == [{"words": ["bob", "saw", "paris"]}]
+
+
+def test_every_data_set_of_a_run_has_its_predictions(backbone, tmp_path):  # noqa: F811
+    sets = {}
+    for kind in ("pair", "tags"):
+        (tmp_path / kind).mkdir()
+        files(tmp_path / kind, kind)
+        sets[kind] = {"train_file": str(tmp_path / kind / "train.jsonl"), "test_file": str(tmp_path / kind / "dev.jsonl")}
+    together = tmp_path / "sets.yaml"
+    together.write_text(json.dumps({"data_sets": sets}))            # JSON is YAML
+    assert train(backbone, tmp_path / "a", "--multi_task", together, "--do_predict", epochs=1) == 0
+    for kind, made in ((kind, rows(kind, 10, 1)) for kind in sets):
+        again = tmp_path / f"{kind}.jsonl"
+        assert main(["predict", str(tmp_path / "a" / kind), "--file", sets[kind]["test_file"], "--output", str(again),
+                     "--device", "cpu"]) == 0
+        written, theirs = read(tmp_path / "a" / kind / "predictions.jsonl"), read(again)
+        assert [{name: row[name] for name in own} for row, own in zip(written, made, strict=True)] == made
+        assert [row["prediction"] for row in written] == [row["prediction"] for row in theirs]
 
 
 def test_the_outputs_name_says_its_form_and_lines_stay_lines(run, tmp_path, monkeypatch):

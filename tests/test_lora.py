@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 
 from ptv2_engine import Trainer
 from ptv2_engine.batches import PackedCollator
@@ -154,6 +156,25 @@ def test_saved_and_loaded_logits_are_equal(task, tmp_path):
         plain = transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=3)
         plain = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
         assert torch.equal(plain(**padded(task, features(task))).logits, second[1])
+
+
+def test_only_what_a_checkpoint_should_have_is_reported_missing(tmp_path):
+    class Records(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+
+    source, said, logger, handler = checkpoint(tmp_path), [], logging.getLogger("transformers.modeling_utils"), Records()
+    logger.addHandler(handler)
+    try:
+        make_lora_model(source)
+        assert not said
+        tensors = load_file(source / "model.safetensors")
+        save_file({name: t for name, t in tensors.items() if "layer.1.output.dense.weight" not in name},
+                  source / "model.safetensors", {"format": "pt"})
+        make_lora_model(source)
+        assert len(said) == 1 and "layer.1.output.dense.weight" in said[0]
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_hidden_dropout_is_not_attentions_and_not_loras(tmp_path):

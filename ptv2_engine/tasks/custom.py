@@ -118,7 +118,11 @@ def _spans(table: Table, text_columns: Sequence[str] | None, label_column: str |
 
 
 def _label_column(table: Table, given: str | None) -> str:
-    return given or next((c for c in _LABELS if c in table.columns), "label")
+    found = given or next((c for c in _LABELS if c in table.columns), None)
+    if found not in table.columns:
+        raise DataError(f"{table.source} has no column {given or 'label'!r} to learn from; it has "
+                        f"{', '.join(map(repr, table.columns))}: name the one with the labels by --label_column.")
+    return found
 
 
 def _choices(table: Table) -> list[str]:
