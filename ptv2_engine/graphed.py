@@ -176,6 +176,7 @@ class StepGraphs:
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
         self.rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
         self.rates_held: list[float | None] = [None] * len(self.rates)
+        self.empty = True                                     # whether the gradients are zero
         self.staging = _Staging(self.device)
         self.buckets: dict[Any, _Gradients] = {}
         self._clip: tuple[Replay, Tensor] | None = None
@@ -222,9 +223,9 @@ class StepGraphs:
             step = _Gradients(self, bucket)
             if len(self.buckets) < 4 * self.most:             # most of them see one batch, and are small
                 self.buckets[key] = step
-        loss = step.run(values)
         self.attach()
-        return loss
+        self.empty = False
+        return step.run(values)
 
     def _settings(self) -> tuple[Any, ...]:
         """What a captured step holds as numbers, so that a step with others is captured anew."""
@@ -234,11 +235,13 @@ class StepGraphs:
                 self.model.prompt_config.prompt_dropout, *dropouts)
 
     def attach(self) -> None:
-        """Let .grad be where the graphs add, and where a step without graphs adds too."""
+        """Let .grad be where the graphs add, and where a step without graphs adds too; what it holds elsewhere is taken over."""
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is not gradient:
                 if parameter.grad is not None:
                     gradient.copy_(parameter.grad)
+                elif not self.empty:                          # zero_grad() without a step
+                    gradient.zero_()
                 parameter.grad = gradient
 
     def has_room(self) -> bool:
@@ -269,6 +272,7 @@ class StepGraphs:
             if self.rates_held[i] != group["lr"]:
                 self.rates[i].fill_(group["lr"])
                 self.rates_held[i] = group["lr"]
+        self.empty = True
         if self._step is not None:
             self._step[0]()
             return

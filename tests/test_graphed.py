@@ -183,6 +183,21 @@ def test_a_changed_rate_and_a_changed_dropout_reach_the_replay():
     assert len(graphs.buckets) == 2
 
 
+def test_gradients_are_those_of_the_batches_since_zero_grad():
+    model = model_of(dropout=False)
+    graphs = StepGraphs(model, GraphedAdamW(parameter_groups(model), lr=1e-2, fused=True), 1.0, graphs=Again())
+    batches = [batch_of(lengths, seed=i) for i, lengths in enumerate(LENGTHS)]
+    for batch in (*batches, *batches):                         # the second time from replays
+        model.zero_grad()                                      # and no step behind it
+        graphs.add_gradients(batch)
+        graphs.add_gradients(batches[0])
+        found = [p.grad.clone() for p in graphs.parameters]
+        model.zero_grad()
+        (model(**batch).loss + model(**batches[0]).loss).backward()
+        for one, other in zip(found, graphs.parameters, strict=True):
+            torch.testing.assert_close(one, other.grad, rtol=2e-5, atol=2e-6)
+
+
 def rows_for_trainer(count=42):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 20, (count,), generator=generator).tolist()
