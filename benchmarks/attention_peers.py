@@ -27,7 +27,8 @@ class InputSet:
     call: Callable[[], Tensor]
     leaves: list[Tensor]
     dout: Tensor
-    rows: Callable[[Tensor], Tensor]               # its output (or dq) as [T, N, D]
+    rows: Callable[[Tensor], Tensor]               # its output as [T, N, D]
+    prefix_rows: Callable[[Tensor], Tensor]        # its prefix key's gradient as [P, N, D]
 
     def both(self) -> list[Tensor]:
         return list(torch.autograd.grad(self.call(), self.leaves, self.dout))
@@ -80,7 +81,7 @@ def ours(case: Attention, seed: int) -> InputSet:
         pk, pv = leaves[1:] if case.P else (None, None)
         return ops.prefix_attention_qkv(leaves[0], pk, pv, case.cu, case.S)
 
-    return InputSet(call, leaves, dout, lambda x: x)
+    return InputSet(call, leaves, dout, lambda x: x, lambda g: g[0])
 
 
 def sdpa_padded(case: Attention, seed: int) -> InputSet:
@@ -97,7 +98,7 @@ def sdpa_padded(case: Attention, seed: int) -> InputSet:
         return F.scaled_dot_product_attention(q, keys, values, mask)
 
     return InputSet(call, [q, k, v, *(prefixes if case.P else [])], case.padded(dout),
-                    lambda x: x.transpose(1, 2)[case.present_BS])
+                    lambda x: x.transpose(1, 2)[case.present_BS], lambda g: g.transpose(0, 1))
 
 
 def _gathered(case: Attention, seed: int, attend: Callable[..., Tensor]) -> InputSet:
@@ -113,11 +114,11 @@ def _gathered(case: Attention, seed: int, attend: Callable[..., Tensor]) -> Inpu
     index = torch.cat(pieces).to(case.device)
 
     def call() -> Tensor:
-        keys, values = (torch.cat((p, x))[index] if case.P else x
+        keys, values = (torch.cat((p, x)).index_select(0, index) if case.P else x
                         for p, x in zip(prefixes if case.P else (None, None), (k, v), strict=True))
         return attend(q, keys, values, case.cu, cu_k, case.S, case.S + case.P)
 
-    return InputSet(call, [q, k, v, *(prefixes if case.P else [])], dout, lambda x: x)
+    return InputSet(call, [q, k, v, *(prefixes if case.P else [])], dout, lambda x: x, lambda g: g)
 
 
 def varlen_gathered(case: Attention, seed: int) -> InputSet:
@@ -156,7 +157,13 @@ def flex_packed(case: Attention, seed: int, compiled: bool = True, autotune: boo
         return attend(q, keys, values, block_mask=mask)
 
     return InputSet(call, [q, k, v, *(prefixes if P else [])], dout.transpose(0, 1)[None].contiguous(),
-                    lambda x: x[0].transpose(0, 1))
+                    lambda x: x[0].transpose(0, 1), lambda g: g[0].transpose(0, 1))
+
+
+def forget_compiled() -> None:
+    """What torch.compile made so far: the next case compiles its own variants."""
+    _flex.clear()
+    torch._dynamo.reset()
 
 
 _flex: dict[bool, Any] = {}
@@ -167,7 +174,8 @@ def _compiled_flex(autotune: bool) -> Any:
 
     if autotune not in _flex:
         mode = {"mode": "max-autotune-no-cudagraphs"} if autotune else {}
-        _flex[autotune] = torch.compile(flex_attention, dynamic=False, **mode)
+        # fullgraph: past its limit of variants dynamo would go on uncompiled, which is no peer
+        _flex[autotune] = torch.compile(flex_attention, dynamic=False, fullgraph=True, **mode)
     return _flex[autotune]
 
 
@@ -183,11 +191,4 @@ def check(name: str, peer: InputSet, truth: InputSet, backward: bool) -> None:
 
     close("the output", peer.rows(peer.call().detach()), truth.call().detach())
     if backward and len(peer.leaves) > 3:
-        close("the prefix key's gradient", *(_prefix_rows(s.both()[-2], truth) for s in (peer, truth)))
-
-
-def _prefix_rows(gradient: Tensor, truth: InputSet) -> Tensor:
-    """[P, N, D] from [1, P, N, D], [N, P, D] or [1, N, P, D]."""
-    gradient = gradient[0] if gradient.dim() == 4 else gradient
-    heads = truth.dout.shape[1]
-    return gradient if gradient.shape[1] == heads and gradient.shape[0] != heads else gradient.transpose(0, 1)
+        close("the prefix key's gradient", *(s.prefix_rows(s.both()[-2]) for s in (peer, truth)))

@@ -7,7 +7,6 @@ Bytes are the least that must move: forward reads q, k, v and writes the output;
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,13 +21,12 @@ from benchmarks.attention_peers import (
     sdpa_padded,
     varlen_gathered,
 )
-from benchmarks.measure import attempt, input_sets, stream
+from benchmarks.measure import attempt, input_sets, stream_for
 from benchmarks.shapes import SHAPES, full, lengths_of, on_cpu_and_gpu, short
 from ptv2_engine import ops
 
 PASSES = {"forward": (4, 1.0), "backward": (7, 2.5), "both": (11, 3.5)}        # H-wide rows moved a token, flops in forwards
-PEERS = {"SDPA cat, padded": sdpa_padded, "varlen_attn gathered": varlen_gathered, "flash-attn gathered": flash_attn_gathered,
-         "FlexAttention packed": flex_packed}
+PEERS = {"SDPA cat, padded": sdpa_padded, "varlen_attn gathered": varlen_gathered, "flash-attn gathered": flash_attn_gathered}
 TOKENS = {"cpu": 2048, "cuda": 16384}
 
 # model, lengths, P, where ("full": only in --grid full)
@@ -43,8 +41,7 @@ GRID = [("BERT-base", "mrpc", 20, "cpu gpu"), ("BERT-base", "rte", 20, "cpu gpu"
 
 def prepared(build, case: Attention, sets: int, direction: str, truth: InputSet | None, name: str, **options) -> list:
     """The calls of a contestant, one an input set; a peer is compared with ours first."""
-    on = torch.cuda.stream(stream()) if case.device == "cuda" else nullcontext()
-    with on:                                       # a captured backward runs where its forward ran
+    with stream_for(case.device):
         made = [build(case, seed, **options) for seed in range(sets)]
         if truth is not None:
             check(name, made[0], truth, direction != "forward")
@@ -64,11 +61,15 @@ def test_prefix_attention(compare, request, model, kind, P, device, dtype, direc
     lengths = lengths_of(kind, tokens=TOKENS[device])
     case = Attention(lengths, P, heads, hidden // heads, dtype, device)
     sets = input_sets(case.bytes_of_set, device)
-    autotune = request.config.getoption("--grid") == "full"
     truth = ours(case, 0)
-    options = {"FlexAttention packed": {"autotune": autotune}}
-    wanted = {name: functools.partial(prepared, build, case, sets, direction, truth, name, **options.get(name, {}))
-              for name, build in PEERS.items() if device == "cuda" or name.startswith("SDPA")}
+    peer = lambda name, build, **options: functools.partial(prepared, build, case, sets, direction, truth, name, **options)
+    wanted = {name: peer(name, build) for name, build in PEERS.items() if device == "cuda" or name.startswith("SDPA")}
+    full_grid, headline = request.config.getoption("--grid") == "full", (model, kind, P) == ("BERT-large", "128", 16)
+    if device == "cuda" and (full_grid or model == "BERT-large"):      # each compiles for seconds, and tunes for a minute
+        if not full_grid:
+            wanted["FlexAttention packed, default tiles"] = peer("FlexAttention", flex_packed)
+        if full_grid or headline:
+            wanted["FlexAttention packed, autotuned"] = peer("FlexAttention", flex_packed, autotune=True)
     peers, skipped = attempt(wanted)
     rows, forwards = PASSES[direction]
     compare(f"prefix_attention {direction}  {model} {kind} P={P} {short(dtype)}",

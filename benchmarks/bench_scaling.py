@@ -21,7 +21,7 @@ AXES: dict[str, dict[str, Any]] = {
     "cpu": {"model": "MiniLM", "length": 64, "tokens": (512, 1024, 2048), "prompt": (1, 16, 64, 128), "batch": (4, 16, 64),
             "layers": (2, 4, 6)},
     "cuda": {"model": "BERT-large", "length": 128, "tokens": (4096, 8192, 16384, 32768), "prompt": (1, 16, 64, 128, 200),
-             "batch": (32, 128, 512), "layers": (6, 12, 24)},
+             "batch": (64, 128, 512), "layers": (6, 12, 24)},
 }
 UNITS = {"tokens": (1000, "ms per 1,000 tokens"), "prompt": (1, "ms per prompt row"), "batch": (1, "ms per sequence"),
          "layers": (1, "ms per layer")}

@@ -9,7 +9,6 @@ products 4N flops a token are (N: parameters of the layers' matrices).
 from __future__ import annotations
 
 import functools
-import gc
 import time
 
 import pytest
@@ -36,10 +35,10 @@ from ptv2_engine.ops.frozen_linear import multiplies_bf16
 BATCH, PROMPT = 32, 20
 
 
-def median_batch(name: str) -> list[int]:
-    """The lengths of the batch of 32 whose padding (padded cells over tokens) is the median of 16."""
-    groups = [LENGTHS[name][i:i + BATCH] for i in range(0, 16 * BATCH, BATCH)]
-    return sorted(groups, key=lambda lengths: max(lengths) * BATCH / sum(lengths))[8]
+def median_batch(name: str, batch: int = BATCH) -> list[int]:
+    """The lengths of the batch whose padding (padded cells over tokens) is the median of those that 512 examples make."""
+    groups = [LENGTHS[name][i:i + batch] for i in range(0, 512, batch)]
+    return sorted(groups, key=lambda lengths: max(lengths) * batch / sum(lengths))[len(groups) // 2]
 
 
 def bare_products(config, T, dtype):
@@ -107,48 +106,43 @@ PEERS = ("BERT-base", "BERT-large", "RoBERTa-large", "MiniLM")         # familie
 def test_gpu_step(compare, request, model, data, size, P):
     config, dtype = config_of(model), torch.bfloat16
     tokens = int(size.split()[0]) if isinstance(size, str) else None
-    lengths = lengths_of(data, tokens=tokens) if tokens else lengths_of(data, int(size))
+    lengths = lengths_of(data, tokens=tokens) if tokens else median_batch(data, int(size))
     packed, padded = batch_of(lengths, config["vocab_size"])
+    before, memory = torch.cuda.memory_allocated(), dict[str, int]()
     ours = our_model(config, P, dtype, "cuda")
-    T, N = packed["input_ids"].shape[0], layer_matrices(ours)
-    eager = our_step(ours, packed)
-    eager()
-    torch.cuda.reset_peak_memory_stats()
-    eager()
-    memory = {"ptv2": torch.cuda.max_memory_allocated()}
-    wanted: dict = {"ptv2 op by op": functools.partial(our_step, ours, packed)}
+    held, T, N = torch.cuda.memory_allocated() - before, packed["input_ids"].shape[0], layer_matrices(ours)
+    # name -> how it is built, and what of its memory is there already: peak memory is of a step by itself
+    builders: dict = {"ptv2 op by op": (functools.partial(our_step, ours, packed), held),
+                      "ptv2": (functools.partial(our_replayed_step, ours, packed), None)}
     if model in PEERS:
-        wanted |= {"PEFT padded": functools.partial(peft_step, config, P, padded, dtype, "cuda"),
-                   "FlexAttention packed": functools.partial(flex_step, ours, packed)}
+        peft = functools.partial(peft_step, config, P, padded, dtype, "cuda")
+        builders |= {"PEFT padded": (peft, 0), "FlexAttention packed": (functools.partial(flex_step, ours, packed), held)}
         if (model, data) == ("BERT-large", "rte") or request.config.getoption("--grid") == "full":       # a minute to compile
-            wanted["PEFT padded, torch.compile"] = functools.partial(peft_step, config, P, padded, dtype, "cuda", compiled=True)
-    made, skipped = attempt({"ptv2": functools.partial(our_replayed_step, ours, packed)} | wanted)
-    if "ptv2" not in made:                                    # without graphs ours is the step op by op
-        made = {"ptv2": made.pop("ptv2 op by op")} | made
-    made = {"ptv2": made.pop("ptv2")} | made
-    working, failed = attempt({name: functools.partial(_warm, step, memory, name) for name, step in made.items()})
-    peers = {name: step for name, step in working.items() if name != "ptv2"}
+            builders["PEFT padded, torch.compile"] = (functools.partial(peft, compiled=True), 0)
+    steps, skipped = attempt({name: functools.partial(_built, build, there, memory, name)
+                              for name, (build, there) in builders.items()})
+    if "ptv2" not in steps:                                   # without graphs ours is the step op by op
+        steps["ptv2"] = steps.pop("ptv2 op by op")
     rate = limits("cuda")["matmul_flops_per_s"]["bfloat16"]
-    found = compare(f"train step  {model} {data} {size} P={P} bf16", {"ptv2": working["ptv2"]} | peers, rounds=12, warmup=3,
-                    device="cuda", skipped=skipped | failed, tokens=T, padded_tokens=padded["input_ids"].numel(),
-                    batch=len(lengths), prompt_length=P, op="train_step", model=model, lengths=data, dtype="bf16",
-                    peak_memory_bytes=memory, matrix_parameters=N, **{"pass": "step"})
+    found = compare(f"train step  {model} {data} {size} P={P} bf16", {"ptv2": steps.pop("ptv2")} | steps, rounds=12, warmup=3,
+                    device="cuda", skipped=skipped, tokens=T, padded_tokens=padded["input_ids"].numel(), batch=len(lengths),
+                    prompt_length=P, op="train_step", model=model, lengths=data, dtype="bf16", peak_memory_bytes=memory,
+                    matrix_parameters=N, **{"pass": "step"})
     part = 4 * N * T / found["ptv2"]["median_s"] / rate
     print(f"   {part:.1%} of the measured matmul rate at 4N flops a token", flush=True)
-    del ours, made, working, peers, wanted, eager
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
-def _warm(step, memory, name):
-    """Two steps, and their peak; raises what the step raises."""
-    step()
-    torch.cuda.synchronize()
-    if name != "ptv2":
+def _built(build, there, memory, name):
+    """A step that ran three times; its peak goes to memory[name] where `there`, bytes of it that were held before, is known."""
+    before = torch.cuda.memory_allocated()
+    step = build()
+    for _ in range(3):
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         step()
-        torch.cuda.synchronize()
-        memory[name] = torch.cuda.max_memory_allocated()
+    torch.cuda.synchronize()
+    if there is not None:
+        memory[name] = torch.cuda.max_memory_allocated() - before + there
     return step
 
 
@@ -162,7 +156,7 @@ def test_trainer_overhead(compare, tmp_path, model, data):
 
     config, steps = config_of(model), 40
     ours = our_model(config, 16, torch.bfloat16, "cuda")
-    lengths = lengths_of(data, BATCH)
+    lengths = median_batch(data)
     packed, _ = batch_of(lengths, config["vocab_size"])
     rows = [{"input_ids": torch.randint(1000, config["vocab_size"], (n,)).tolist(), "labels": i % 2}
             for i, n in enumerate(lengths * steps)]
@@ -179,8 +173,14 @@ def test_trainer_overhead(compare, tmp_path, model, data):
 
     trainer.add_callback(Clock())
     trainer.train()
-    replayed = our_replayed_step(ours, packed)
-    found = compare(f"raw replay under the Trainer  {model} {data} B={BATCH} bf16", {"ptv2": replayed}, rounds=20, device="cuda",
-                    tokens=sum(lengths), op="trainer", model=model, lengths=data, dtype="bf16", **{"pass": "step"},
-                    trainer_step_s=(seconds[1] - seconds[0]) / (steps - steps // 2))
-    print(f"   Trainer over raw replay: {(seconds[1] - seconds[0]) / (steps - steps // 2) / found['ptv2']['median_s']:.3f}")
+    replayed, half = our_replayed_step(ours, packed), steps // 2
+
+    def several() -> None:                                    # as many as the Trainer's clock saw, and waited for once, as there
+        for _ in range(half):
+            replayed()
+
+    trainer_s = seconds[1] - seconds[0]
+    found = compare(f"{half} raw replays, and as many steps of the Trainer  {model} {data} B={BATCH} bf16", {"ptv2": several},
+                    rounds=8, device="cuda", tokens=half * sum(lengths), op="trainer", model=model, lengths=data, dtype="bf16",
+                    trainer_step_s=trainer_s, **{"pass": "step"})
+    print(f"   Trainer over raw replay: {trainer_s / found['ptv2']['median_s']:.3f}")

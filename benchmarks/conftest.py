@@ -6,17 +6,19 @@ pytest-benchmark runs the cases and shows our side; ratios come from measure.sid
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.attention_peers import forget_compiled
 from benchmarks.measure import Functions, cpu_name, limits, side_by_side, summary
 from ptv2_engine import __version__
 
@@ -44,6 +46,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _room_for_the_next() -> Iterator[None]:
+    """A case leaves nothing on the GPU, and no compiled variants that count against the next one's."""
+    yield
+    if torch.cuda.is_available():
+        forget_compiled()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """The strongest thing a user can assemble: a packed post-LN encoder on FlexAttention, the prefix one copy that every query sees.
 
 Plain PyTorch around torch.compile: one row of all tokens, a block mask "prefix, or the same sequence", frozen weights, dropout.
-It takes a PromptedModel's weights (BERT, RoBERTa), so that both compute the same function; tests hold it to ours.
+It takes a PromptedModel's weights (BERT, RoBERTa), so that both compute the same function; tests hold it to ours. It does less in
+training: no dropout of attention and prefix, which FlexAttention lacks, and the embeddings are computed once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class FlexEncoder(nn.Module):
         sees = lambda _b, _h, q, k: (k < P) | (owner[(k - P).clamp(min=0)] == owner[q])
         T = batch.num_tokens
         self.mask = create_block_mask(sees, None, None, T, T + P, device=str(model.device))
-        self.layer = torch.compile(self._layer, dynamic=False) if compiled else self._layer
+        self.layer = torch.compile(self._layer, dynamic=False, fullgraph=True) if compiled else self._layer
 
     def _layer(self, x: Tensor, pk: Tensor, pv: Tensor, weights: list[Tensor]) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu"]
-BENCHES = ("prefix_attention", "train_step", "rows", "scaling", "disentangled_attention", "deberta_step")     # what matters first
+BENCHES = ("prefix_attention", "rows", "scaling", "disentangled_attention", "deberta_step")         # beside train_step
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SMALL = "(test_attention_dropout and bf16 and lengths0) or (test_row_ops and bf16 and 333 and 0.1) or (test_gelu and bf16)"
 
@@ -67,14 +68,16 @@ def sanitizer(tool: str, log: Path, limit: float) -> int:
 
 def stages(results: Path) -> dict[str, tuple[Any, float]]:
     """Name -> (what runs it, given a log and a limit; the limit in seconds). Together at most eight minutes."""
-    bench = [*PYTEST, "-s", "--benchmark-only", "--results", str(results), *(f"benchmarks/bench_{name}.py" for name in BENCHES)]
+    bench = [*PYTEST, "-s", "--benchmark-only", "--results", str(results)]
+    kernels = [*bench, *(f"benchmarks/bench_{name}.py" for name in BENCHES)]
     profile = [sys.executable, "benchmarks/memory_profile.py", "--results", str(results), "measure", "--memory", "exact",
                "minimal", "--rounds", "2"]
     return {
         "build": (lambda log, limit: run([sys.executable, "setup.py", "build_ext", "--inplace"], log, limit), 60),
-        "tests": (sharded, 120),
-        **{tool: (lambda log, limit, tool=tool: sanitizer(tool, log, limit), 22) for tool in TOOLS},
-        "benchmarks": (lambda log, limit: run(bench, log, limit), 180),
+        "tests": (sharded, 110),
+        **{tool: (lambda log, limit, tool=tool: sanitizer(tool, log, limit), 20) for tool in TOOLS},
+        "train_step": (lambda log, limit: run([*bench, "benchmarks/bench_train_step.py"], log, limit), 110),
+        "kernels": (lambda log, limit: run(kernels, log, limit), 100),
         "memory": (lambda log, limit: run(profile, log, limit), 40),
     }
 
@@ -86,6 +89,9 @@ def main() -> int:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_check: torch sees no CUDA device, so there is nothing to check; run it on a machine with a GPU.")
+        return 2
+    if missing := [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]:
+        print(f"gpu_check: {', '.join(missing)} is not installed for {sys.executable}; pip install pytest pytest-benchmark.")
         return 2
     results = args.results.resolve()
     results.mkdir(parents=True, exist_ok=True)

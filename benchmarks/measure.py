@@ -7,7 +7,9 @@ captured runs as it is, and its row says so.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import platform
 import statistics
 import time
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ptv2_engine.graphed import capture_stream, recorded
 from ptv2_engine.ops.frozen_linear import multiplies_bf16
 
 Function = Callable[[], Any]
@@ -30,10 +33,9 @@ def cpu_name() -> str:
     return model + ("" if multiplies_bf16() else " without bf16 products")
 
 
-@functools.cache
-def stream() -> torch.cuda.Stream:
-    """Where graphs are captured. A forward whose backward is captured alone runs on it too: backward follows it there."""
-    return torch.cuda.Stream()
+def stream_for(device: str) -> Any:
+    """Around what is built: on a GPU the stream of captures, since a backward that is captured runs where its forward ran."""
+    return torch.cuda.stream(capture_stream(torch.cuda.current_device())) if device == "cuda" else contextlib.nullcontext()
 
 
 def cache_bytes(device: str) -> int:
@@ -55,21 +57,20 @@ class Turn:
 
     def __init__(self, functions: Function | Sequence[Function], device: str, capture: bool) -> None:
         self.functions = [functions] if callable(functions) else list(functions)
-        self.device, self.count, self.graph = device, 0, None
+        self.device, self.count = device, 0
+        self.graph: Function | None = None
         if device == "cuda":                                 # inputs may have been made on another stream
             torch.cuda.synchronize()
         for function in self.functions:                      # compiles, fills tables, and shows errors
             function()
         if device == "cuda" and capture:
             torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, stream=stream(), capture_error_mode="thread_local"):
-                    for function in self.functions:
-                        function()
-                self.graph = graph
-            except RuntimeError:
-                torch.cuda.synchronize()
+            with contextlib.suppress(RuntimeError):
+                self.graph = recorded(self._all, torch.cuda.graph_pool_handle())[0]
+
+    def _all(self) -> None:
+        for function in self.functions:
+            function()
 
     def __call__(self) -> float:
         if self.device != "cuda":
@@ -80,11 +81,7 @@ class Turn:
             return time.perf_counter() - started
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            for function in self.functions:
-                function()
+        (self.graph or self._all)()
         events[1].record()
         torch.cuda.synchronize()
         return events[0].elapsed_time(events[1]) / 1000 / len(self.functions)
@@ -145,5 +142,6 @@ def attempt(peers: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dic
         try:
             made[name] = build()
         except Exception as error:                           # a peer never stops the run
+            gc.collect()
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
     return made, skipped

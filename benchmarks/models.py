@@ -118,7 +118,7 @@ def peft_step(config: dict[str, Any], P: int, padded: dict[str, Any], dtype: tor
     """PEFT prefix tuning in its best practice: weights in the compute dtype, padded to the longest of the batch, SDPA."""
     model = peft_model(stock_model(config, dtype, device), P)
     trained = [p for p in model.parameters() if p.requires_grad]
-    call = torch.compile(model) if compiled else model
+    call = torch.compile(model, mode="reduce-overhead") if compiled else model          # its CUDA graphs, as ours has
     optimizer = torch.optim.AdamW(trained, 1e-3, fused=True)
     return stepper(call, trained, optimizer, moved(padded, device))
 

@@ -13,9 +13,10 @@ graph exists and when they have none, so the numbers do not depend on which of t
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -113,19 +114,45 @@ class _Staging:
             event.record()
 
 
+@functools.cache
+def capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures on a device: cuBLAS keeps a workspace for each stream it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def recorded(function: Callable[[], Any], pool: Any) -> tuple[Replay, Any]:
+    """The replay of a CUDA graph, and what the function returned: tensors that a replay writes anew. Nothing runs yet.
+
+    Raises RuntimeError with the cause where the function cannot be captured; the process goes on as before then. torch's own
+    context leaves a failed capture half open: its stream current, its pool receiving allocations, the generator believing in it.
+    """
+    device, graph = torch.cuda.current_device(), torch.cuda.CUDAGraph()
+    try:
+        # thread_local: a thread that pins the next batch may call what a captured thread may not
+        with (torch.cuda.stream(torch.cuda.current_stream()),
+              torch.cuda.graph(graph, pool=pool, stream=capture_stream(device), capture_error_mode="thread_local")):
+            result = function()
+    except Exception as error:
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
+        generator: Any = torch.cuda.default_generators[device]
+        with contextlib.suppress(RuntimeError, AttributeError):
+            generator.graphsafe_set_state(generator.clone_state())
+        cause: BaseException = error
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        raise RuntimeError(str(cause)) from error
+    return graph.replay, result
+
+
 class CudaGraphs:
     """Captures functions into CUDA graphs that share one pool of memory, as they never run at the same time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, function: Callable[[], Any]) -> tuple[Replay, Any]:
-        """The replay, and what the function returned: tensors that a replay writes anew. Nothing runs yet."""
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: a thread that pins the next batch may call what a captured thread may not
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            result = function()
-        return graph.replay, result
+        return recorded(function, self.pool)
 
 
 class _Gradients:
@@ -153,10 +180,11 @@ class _Gradients:
         if self.captured is not None:
             self.captured[0]()
             return self.captured[1].clone()
-        loss = self.compute()
+        if self.runs == 1 or self.owner.failed or not self.owner.has_room():
+            return self.compute()
         # Captured when it comes a second time, right behind a run: what a run makes once (compiled kernels, tables) is there
-        if self.runs > 1 and self.owner.has_room():
-            self.captured = self.owner.capture(self.compute)
+        loss = self.owner.probed(self.compute)
+        self.captured = self.owner.capture(self.compute)
         return loss
 
 
@@ -171,11 +199,12 @@ class StepGraphs:
 
     def __init__(self, model: PromptedModel, optimizer: AdamW, max_norm: float, graphs: Any = None, most: int = 64) -> None:
         self.model, self.optimizer, self.max_norm, self.most, self.device = model, optimizer, max_norm, most, model.device
-        self.graphs: Any = CudaGraphs(self.device) if graphs is None else graphs
+        self.graphs: Any = CudaGraphs() if graphs is None else graphs
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
         self.rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
         self.rates_held: list[float | None] = [None] * len(self.rates)
+        self.numbers_held: list[Any] = []                     # what the captured update holds beside the rates
         self.empty = True                                     # whether the gradients are zero
         self.staging = _Staging(self.device)
         self.buckets: dict[Any, _Gradients] = {}
@@ -194,6 +223,22 @@ class StepGraphs:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)               # the last replay may still run
             torch.cuda.empty_cache()
+
+    def probed(self, function: Callable[[], Tensor]) -> Tensor:
+        """Run a function that is to be captured; what waits for the device is noticed here, where no capture breaks off."""
+        if self.device.type != "cuda":
+            return function()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return function()
+        except RuntimeError as error:
+            if "synchronizing" not in str(error):
+                raise
+            self.failed = f"a step waits for the device ({str(error).splitlines()[0]})"
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return function()
 
     def capture(self, function: Callable[[], Any]) -> Any:
         """(replay, result), or None where the function cannot be captured; then self.failed says why."""
@@ -231,8 +276,9 @@ class StepGraphs:
         """What a captured step holds as numbers, so that a step with others is captured anew."""
         encoder = self.model.encoder
         dropouts = (m.p for m in self.model.head.modules() if isinstance(m, nn.Dropout))
+        own = (value for value in vars(self.model.head).values() if isinstance(value, float))
         return (encoder.training, encoder.memory, encoder.hidden_dropout, encoder.attention_dropout,
-                self.model.prompt_config.prompt_dropout, *dropouts)
+                self.model.prompt_config.prompt_dropout, *dropouts, *own)
 
     def attach(self) -> None:
         """Let .grad be where the graphs add, and where a step without graphs adds too; what it holds elsewhere is taken over."""
@@ -273,13 +319,15 @@ class StepGraphs:
                 self.rates[i].fill_(group["lr"])
                 self.rates_held[i] = group["lr"]
         self.empty = True
-        if self._step is not None:
+        numbers = [(group["betas"], group["eps"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        if self._step is not None and numbers == self.numbers_held:
             self._step[0]()
             return
+        self.numbers_held = numbers
         function()                                            # the first one makes the optimizer's state
         self._step = self.capture(function)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _rates_on_device(self) -> Iterator[None]:
         """The optimizer reads its rates from the device inside; schedules, logs and checkpoints see numbers as ever."""
         groups = self.optimizer.param_groups

@@ -93,6 +93,8 @@ class Trainer(GraphedTrainer):
         super().__init__(model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
                          eval_dataset=eval_dataset, **kwargs)
         self.settle_graphs(cuda_graphs)
+        if self.graphs_refused is None:
+            self.args.dataloader_pin_memory = False           # batches reach the device through pinned memory of the graphs' own
         # Off, so that a loss that is not finite is seen when it is logged; on, it would also stall every step to look
         self.args.logging_nan_inf_filter = False
         self.tokens_seen = 0

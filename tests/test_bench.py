@@ -21,7 +21,7 @@ from ptv2_engine.testing import tiny_config
 
 ROOT = Path(__file__).parent.parent
 CASES = [Attention([5, 9, 3], 4, 2, 16, torch.float32, "cpu"), Attention([6, 6], 3, 2, 16, torch.float32, "cpu"),
-         Attention([7, 2], 0, 2, 16, torch.float32, "cpu")]
+         Attention([7, 2], 0, 2, 16, torch.float32, "cpu"), Attention([7, 2], 2, 2, 16, torch.float32, "cpu")]
 
 
 def fake_varlen(q, k, v, cu_q, cu_k, s_q, s_k):

@@ -77,9 +77,9 @@ def readable(tensor: Tensor) -> bool:
 
 
 def cached_table(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """lru_cache for small tables that depend on their arguments only; while memory is planned nothing is kept, as fake tensors
-    must not outlive the plan."""
-    kept = functools.lru_cache(maxsize=16)(function)
+    """A cache for small tables that depend on their arguments only. None is ever dropped: a CUDA graph may read it. While memory
+    is planned nothing is kept, as fake tensors must not outlive the plan."""
+    kept = functools.cache(function)
 
     @functools.wraps(function)
     def table(*args: Any) -> Tensor:

@@ -77,12 +77,13 @@ def _delimited(path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() != ".tsv":
         return _separated(path, text, ",", csv.QUOTE_MINIMAL)
     # pandas and spreadsheets quote the fields of a tsv that need it, benchmarks do not and have bare quotation marks
-    if '"' in text and '"' not in _QUOTED.sub("", text):
-        try:
-            return _separated(path, text, "\t", csv.QUOTE_MINIMAL)
-        except DataError:           # bare marks that begin and end fields by chance
+    quoted = '"' in text and '"' not in _QUOTED.sub("", text)
+    if quoted and any(map(_breaks, _QUOTED.findall(text))):
+        try:                        # bare marks may begin and end fields by chance: then each line is a row without them too
+            return _separated(path, text, "\t", csv.QUOTE_NONE)
+        except DataError:
             pass
-    return _separated(path, text, "\t", csv.QUOTE_NONE)
+    return _separated(path, text, "\t", csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
 
 
 def _separated(path: Path, text: str, separator: str, quoting: Any) -> list[dict[str, Any]]:
@@ -126,8 +127,7 @@ def _named_columns(path: Path, header: list[str], rows: list[tuple[int, list[str
 
 def _refuse_swallowed(path: Path, rows: list[tuple[int, list[str]]], separator: str) -> None:
     """Raises DataError for a field with line breaks that holds other rows, from a quote that nobody closed to another such: every
-    line of it has the header's number of fields, and in one column values that other rows have there as well. Separators that are
-    tabs are enough: no text has them by chance, each line as many."""
+    line of it has the header's number of fields, and in one column values that other rows have there as well."""
     long = [(number, fields) for number, fields in rows if len(fields) > 1 and any(map(_breaks, fields))]
     others = [set(column) for column in zip(*(f for _, f in rows if not any(map(_breaks, f))), strict=True)] if long else []
     for number, fields in long:
@@ -136,7 +136,7 @@ def _refuse_swallowed(path: Path, rows: list[tuple[int, list[str]]], separator: 
             lines[0], lines[-1] = fields[:at] + lines[0], lines[-1] + fields[at + 1:]
             if len(lines) == 1 or any(len(line) != len(fields) for line in lines):
                 continue
-            if separator == "\t" or any(all(line[i] in known for line in lines) for i, known in enumerate(others) if i != at):
+            if any(all(line[i] in known for line in lines) for i, known in enumerate(others) if i != at):
                 raise DataError(f"{path}, line {number}: the quote that opens there goes over {len(lines)} lines that look like "
                                 "rows of their own; close it, or remove it.")
 

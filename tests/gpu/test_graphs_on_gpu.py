@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from ptv2_engine import PromptConfig, PromptedModel, Trainer
-from ptv2_engine.graphed import GraphedAdamW, StepGraphs
+from ptv2_engine.graphed import GraphedAdamW, StepGraphs, recorded
 from ptv2_engine.optim import parameter_groups
 from ptv2_engine.testing import tiny_model
 from tests.test_graphed import LENGTHS, batch_of, rows_for_trainer
@@ -49,7 +49,7 @@ def steps_of(graphs_class, family, task, memory, prompt, accumulate=1, count=12)
     *(("bert", task, "exact", PromptConfig(4)) for task in TASKS),
     ("roberta", "sequence-classification", "lean", PromptConfig(4, prompt_layers=2)),
     ("bert", "token-classification", "minimal", PromptConfig(4, reparameterization="mlp")),
-    ("bert", "sequence-classification", "exact", PromptConfig(4, method="shallow", reparameterization="lstm")),
+    ("bert", "sequence-classification", "exact", PromptConfig(4, method="shallow", reparameterization="mlp")),
     ("deberta", "sequence-classification", "exact", PromptConfig(4)), ("deberta-v2", TASKS[2], "lean", PromptConfig(4)),
     ("modernbert", "sequence-classification", "exact", PromptConfig(4))])
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -94,8 +94,20 @@ def test_a_failed_capture_trains_on(tmp_path, monkeypatch):
     forward = model.head.forward
     model.head.forward = lambda x: forward(x * float(x.sum() != 0))
     trainer, seen = trained(tmp_path, model)
-    assert "cannot be captured" in trainer.graphs_refused
+    assert "waits for the device" in trainer.graphs_refused
     assert trainer.state.global_step == 24 and torch.isfinite(torch.ones(3, device="cuda").sum())
+
+
+def test_a_capture_that_breaks_off_leaves_the_process_as_it_was():
+    x = torch.ones(4, device="cuda")
+    with pytest.raises(RuntimeError):
+        recorded(lambda: x[x.nonzero()], torch.cuda.graph_pool_handle())
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    kept = torch.nn.functional.dropout(torch.ones(1000, device="cuda"), 0.5)           # the generator is free again
+    assert 0 < int((kept > 0).sum()) < 1000
+    replay, total = recorded(lambda: x.sum() * 2, torch.cuda.graph_pool_handle())
+    replay()
+    assert float(total) == 8.0
 
 
 def test_memory_is_given_back(tmp_path):

@@ -96,6 +96,7 @@ def test_a_field_may_go_over_lines_and_an_index_needs_no_name(tmp_path):
     [
         (['"he said ""no"""\t1', '"tab\there"\t0', '"two\nlines"\t1', "plain\t0"],                    # as pandas and Excel write
          ['he said "no"', "tab\there", "two\nlines", "plain"]),
+        (['"Name\tValue\nfoo"\t1', '"x\ty"\t0'], ["Name\tValue\nfoo", "x\ty"]),                  # lines that look like rows
         (['"whole"\t1', 'and "inside\t0', '"left open\t1'], ['"whole"', 'and "inside', '"left open']),  # bare marks, as in GLUE
         (['"He came\t1', 'and saw."\t0'], ['"He came', 'and saw."']),                              # opened and closed by chance
     ],
@@ -105,6 +106,12 @@ def test_a_tsv_is_quoted_or_not_as_a_whole(lines, texts, tmp_path):
     assert [row["text"] for row in read_table(tmp_path / "x.tsv").rows] == texts
     (tmp_path / "x.tsv").write_bytes("\r\n".join(["\"text\"\t\"label\"", "\"a\"\t\"1\"", ""]).encode())
     assert read_table(tmp_path / "x.tsv").rows == [{"text": "a", "label": "1"}]
+
+
+def test_a_quoted_tsv_names_the_line_that_is_wrong(tmp_path):
+    (tmp_path / "x.tsv").write_text('text\tlabel\n"two\nlines"\t1\nplain\t0\nbroken\n')
+    with pytest.raises(DataError, match="line 5: 1 fields where the header has 2; "):
+        read_table(tmp_path / "x.tsv")
 
 
 def test_missing_file_and_column(tmp_path):
