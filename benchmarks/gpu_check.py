@@ -28,14 +28,16 @@ ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu"]
 BENCHES = ("prefix_attention", "rows", "scaling", "disentangled_attention", "deberta_step")         # beside train_step
 TOOLS = ("memcheck", "racecheck", "initcheck")
-SMALL = "(test_attention_dropout and bf16 and lengths0) or (test_row_ops and bf16 and 333 and 0.1) or (test_gelu and bf16)"
+SMALL = [f"tests/gpu/test_kernels_on_gpu.py::test_{name}" for name in (
+    "row_ops[333-1024-0.1-dtype0]", "gelu[none-dtype0]", "attention_dropout[lengths0-16-dtype0]",
+    "disentangled_attention[20-0-64-dtype0]", "dequantise[77-320-nf4-dtype0]")]
 
 
-def run(command: list[str], log: Path, limit: float) -> int:
-    """The exit code, or 124 where the command outlived its limit; its output goes to the log."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+def run(command: list[str], log: Path, limit: float, **variables: str) -> int:
+    """The exit code, or 124 where the command outlived its limit; its output goes to the log. variables: of its environment."""
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment,
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=os.environ | variables,
                                    start_new_session=True)
         for end, patience in ((signal.SIGINT, limit), (signal.SIGKILL, 15)):         # at the first, pytest still writes its rows
             try:
@@ -47,23 +49,34 @@ def run(command: list[str], log: Path, limit: float) -> int:
         return 124
 
 
+def together(commands: dict[str, list[str]], log: Path, limit: float, **variables: str) -> list[int]:
+    """The exit codes of commands that run at the same time, each with a log of its own, whose ends go to the stage's."""
+    logs = [log.with_suffix(f".{name}.log") for name in commands]
+    with ThreadPoolExecutor(len(commands)) as pool:
+        codes = list(pool.map(lambda command, own: run(command, own, limit, **variables), commands.values(), logs))
+    ends = [f"== {name}: exit code {code}\n{own.read_text(errors='replace')[-2000:]}"
+            for name, code, own in zip(commands, codes, logs, strict=True)]
+    log.write_text("\n".join(ends))
+    return codes
+
+
 def sharded(log: Path, limit: float) -> int:
     """The GPU tests dealt out to processes; the worst exit code (5, a shard without tests, is fine)."""
     shards = max(1, min(8, (os.cpu_count() or 2) - 2))
-    jobs = [([*PYTEST, "tests", "--shard", f"{i}/{shards}"], log.with_suffix(f".{i}.log"), limit) for i in range(shards)]
-    with ThreadPoolExecutor(shards) as pool:
-        codes = list(pool.map(lambda job: run(*job), jobs))
-    log.write_text("\n".join(job[1].read_text(errors="replace")[-2000:] for job in jobs))
+    codes = together({str(i): [*PYTEST, "tests", "--shard", f"{i}/{shards}"] for i in range(shards)}, log, limit)
     return max((code for code in codes if code != 5), default=0)
 
 
-def sanitizer(tool: str, log: Path, limit: float) -> int:
+def sanitizers(log: Path, limit: float) -> int:
+    """compute-sanitizer's tools at the same time: most of their minute is torch's start under instrumentation."""
     found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(found).exists():
         log.write_text("compute-sanitizer is not installed")
         return 127
-    command = [found, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *PYTEST, "tests/gpu", "-k", SMALL]
-    return run(command, log, limit)
+    commands = {tool: [found, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *PYTEST, *SMALL]
+                for tool in TOOLS}
+    # torch's cached blocks would hide what is written behind a tensor's end
+    return max(together(commands, log, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
 
 
 def stages(results: Path) -> dict[str, tuple[Any, float]]:
@@ -75,8 +88,8 @@ def stages(results: Path) -> dict[str, tuple[Any, float]]:
     return {
         "build": (lambda log, limit: run([sys.executable, "setup.py", "build_ext", "--inplace"], log, limit), 60),
         "tests": (sharded, 110),
-        **{tool: (lambda log, limit, tool=tool: sanitizer(tool, log, limit), 20) for tool in TOOLS},
-        "train_step": (lambda log, limit: run([*bench, "benchmarks/bench_train_step.py"], log, limit), 110),
+        "sanitizer": (sanitizers, 60),
+        "train_step": (lambda log, limit: run([*bench, "-k", "not compiled", "benchmarks/bench_train_step.py"], log, limit), 110),
         "kernels": (lambda log, limit: run(kernels, log, limit), 100),
         "memory": (lambda log, limit: run(profile, log, limit), 40),
     }

@@ -43,6 +43,7 @@ IGNORED = {"overwrite_output_dir", "overwrite_cache", "use_fast_tokenizer", "pad
 _OWN_HELP = {"resume_from_checkpoint": "a checkpoint-STEP folder; nothing, or True: the last one in --output_dir",
              "load_best_model_at_end": "save the best evaluation's adapter and not the last one's; needs validation data",
              "metric_for_best_model": "what the best is by; default: the task's first metric",
+             "bf16": "cast the frozen backbone to bfloat16 once; prompt and head stay float32", "fp16": "not taken; use --bf16",
              "do_predict": "write predictions of the test data into --output_dir"}
 
 
@@ -185,12 +186,18 @@ def parse_train(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Pro
     except ConfigError:
         raise
     except ValueError as error:      # TrainingArguments checks its own fields
-        raise ConfigError(f"{' '.join(str(error).split())}; see ptv2 train --help.") from error
+        raise ConfigError(f"{' '.join(str(error).split()).rstrip('.')}; see ptv2 train --help.") from error
 
 
 def _settle_best(merged: dict[str, list[str]]) -> None:
-    """The default of save_strategy: a checkpoint of each new best where the best is to be kept, else none; `merged` is changed.
-    Raises ConfigError where the best is to be kept and the strategies differ."""
+    """The default of save_strategy: a checkpoint of each new best where the best is to be kept, else none; and what the best is
+    by, where transformers would take it otherwise. `merged` is changed. Raises ConfigError where the best is to be kept and the
+    strategies differ."""
+    by = "".join(merged.get("metric_for_best_model", []))
+    if by == "loss":                            # what transformers also says where nothing was named
+        merged["metric_for_best_model"] = ["eval_loss"]
+    elif by.endswith("mse"):                    # the one metric that falls, beside the losses, which transformers knows
+        merged.setdefault("greater_is_better", ["False"])
     keeps = "".join(merged.get("load_best_model_at_end", ["false"])).lower() in ("", "true")
     saving, evaluating = merged.setdefault("save_strategy", ["best" if keeps else "no"]), merged["eval_strategy"]
     if keeps and saving not in (["best"], evaluating):

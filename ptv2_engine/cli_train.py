@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,7 +150,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     tables, task = load_data(data_args)
     check_smoothing(args, task)
     validates, metric = has_validation(tables, task), f"eval_{task.best}"
-    settle_evaluation(args, validates, metric)
+    settle_evaluation(args, validates, metric, (*task.metric_names(), "loss"))
     output = Path(args.output_dir or ".")
     check_writable(output)
     transformers.set_seed(args.seed)
@@ -175,12 +175,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
     for split in (s for s in tables if s not in features):
         print(f"{split}: {len(tables[split])} rows without labels, which are not scored")
     model.print_trainable_parameters()
-    started, resumed = time.perf_counter(), checkpoint_of(args)
-    trainer.train(resume_from_checkpoint=resumed)
-    seconds = time.perf_counter() - started
-    if resumed is not None and steps_of(resumed) >= trainer.state.max_steps:
-        print(f"nothing was left to train: {resumed} has {steps_of(resumed)} of {trainer.state.max_steps} steps already")
-
+    seconds = run_training(trainer, args)
     trainer.save_model()
     results: dict[str, Any] = {
         "output_dir": args.output_dir, "method": method.name, "metric": task.best,
@@ -194,6 +189,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, prompt_args: Pro
         write_test_predictions(output, model, tokenizer, task, tables, features, max_length, args.per_device_eval_batch_size)
     replace_file(output / "results.json", json.dumps(results, indent=2).encode())
     return results
+
+
+def run_training(trainer: Trainer, args: TrainingArguments) -> float:
+    """Train, from a checkpoint where --resume_from_checkpoint names one; says so where that has all steps. Returns seconds."""
+    started, resumed = time.perf_counter(), checkpoint_of(args)
+    trainer.train(resume_from_checkpoint=resumed)
+    seconds = time.perf_counter() - started
+    if resumed is not None and steps_of(resumed) >= trainer.state.max_steps:
+        print(f"nothing was left to train: {resumed} has {steps_of(resumed)} of {trainer.state.max_steps} steps already")
+    return seconds
 
 
 def checkpoint_of(args: TrainingArguments) -> str | None:
@@ -250,17 +255,23 @@ def evaluates(args: TrainingArguments) -> bool:
     return args.eval_strategy != transformers.trainer_utils.IntervalStrategy.NO
 
 
-def settle_evaluation(args: TrainingArguments, validates: bool, metric: str) -> None:
-    """No evaluation without validation data; the best model is the best by the task's metric unless another is named. Raises
-    ConfigError where the best is asked for and nothing says which that is."""
-    if args.load_best_model_at_end and not (validates and evaluates(args)):
+def settle_evaluation(args: TrainingArguments, validates: bool, metric: str, names: Sequence[str]) -> None:
+    """No evaluation without validation data; the best model is the best by the task's metric unless another of `names`, what
+    evaluations measure, is named. Raises ConfigError where the best is asked for and nothing says which that is."""
+    best = args.save_strategy == transformers.trainer_utils.SaveStrategy.BEST
+    keeps = "--load_best_model_at_end" if args.load_best_model_at_end else "--save_strategy best" if best else None
+    if keeps and not (validates and evaluates(args)):
         missing = "--eval_strategy no does not evaluate; give epoch" if validates else (
             "there is no labelled validation data; give --validation_file")
-        raise ConfigError(f"--load_best_model_at_end keeps the best by validation, but {missing}, or leave it out.")
+        raise ConfigError(f"{keeps} keeps the best by validation, but {missing}, or leave it out.")
     if not validates:
         args.eval_strategy, args.do_eval = transformers.trainer_utils.IntervalStrategy.NO, False
-    if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
+    if keeps and args.metric_for_best_model in (None, "loss"):          # "loss": transformers' own choice, see cli_args
         args.metric_for_best_model, args.greater_is_better = metric, True
+    named = args.metric_for_best_model
+    if evaluates(args) and named not in (None, metric) and named.removeprefix("eval_") not in names:
+        raise ConfigError(f"--metric_for_best_model {named} is not among what evaluations measure ({', '.join(names)}); choose "
+                          "one of them.")
 
 
 def check_training(prompt_args: PromptArguments, args: TrainingArguments) -> None:

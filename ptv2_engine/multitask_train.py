@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,13 +33,13 @@ from ptv2_engine.cli_train import (
     best_candidate,
     check_arguments,
     check_smoothing,
-    checkpoint_of,
     evaluates,
     features_of,
     has_validation,
     load_tokenizer,
     make_model,
     picks,
+    run_training,
     saved_line,
     settle_evaluation,
     text_length,
@@ -174,7 +173,9 @@ def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_
         raise ConfigError(f"mix: true cannot hold the cloze task {cloze[0]}; set mix: false.")
     for data_set in sets:
         check_smoothing(args, data_set.task)
-    settle_evaluation(args, any(has_validation(s.tables, s.task) for s in sets), "eval_mean")
+    validated = [s for s in sets if has_validation(s.tables, s.task)]
+    settle_evaluation(args, bool(validated), "eval_mean",
+                      ("mean", *(f"{s.name}_{name}" for s in validated for name in (*s.task.metric_names(), "loss"))))
     output = Path(args.output_dir or ".")
     check_writable(output)
     transformers.set_seed(args.seed)
@@ -201,11 +202,10 @@ def train_together(model_args: ModelArguments, data_args: DataArguments, prompt_
     for data_set in sets:
         print(f"{data_set.name}: {described(data_set.task)}, {len(data_set.features['train'])} examples")
     model.print_trainable_parameters()
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint_of(args))
+    seconds = run_training(trainer, args)
     results: dict[str, Any] = {
         "output_dir": args.output_dir, "method": method.name, "trained_parameters": trained_parameters(model),
-        "seconds": round(time.perf_counter() - started, 2), "data_sets": {}}
+        "seconds": round(seconds, 2), "data_sets": {}}
     trainer.save_model()
     if evaluates(args):
         print(saved_line(trainer.state, "eval_mean", args.load_best_model_at_end))

@@ -15,7 +15,8 @@ LEVELS = [("cli", "demo"), ("cli_predict", "cli_memory", "cli_data", "cli_bench"
           ("cli_args", "progress", "info"), ("trainer", "lora", "multitask"),
           ("trainer_graphs",), ("trainer_memory", "graphed", "throughput"), ("memory",),
           ("model", "adapter_import", "tasks"), ("adapter", "methods", "outputs"),
-          ("prompt", "heads", "masked_lm", "cloze", "optim", "hf_config", "presets"), ("encoder", "batches"), ("packing",),
+          ("prompt", "heads", "masked_lm", "cloze", "optim", "hf_config", "presets"),
+          ("encoder", "batches", "graph_inputs"), ("packing",),
           ("ops", "testing"), ("_native", "kernels"), ("build_info", "errors")]
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 

@@ -11,7 +11,7 @@ from transformers import TrainerState
 
 from ptv2_engine import cli_args
 from ptv2_engine.cli import main
-from ptv2_engine.cli_train import saved_line
+from ptv2_engine.cli_train import saved_line, settle_evaluation
 from ptv2_engine.errors import did_you_mean
 from tests.test_cli import backbone, data  # noqa: F401  (fixtures)
 
@@ -44,6 +44,9 @@ def test_resume_true_is_the_last_checkpoint_and_old_evaluations_are_not_this_run
     (("--num_train_epochs", "-1"), "trains nothing"),
     (("--load_best_model_at_end", "--save_strategy", "no"), "--save_strategy no is not --eval_strategy epoch; leave"),
     (("--load_best_model_at_end",), "there is no labelled validation data; give --validation_file"),
+    (("--save_strategy", "best"), "--save_strategy best keeps the best by validation, but there is no labelled validation data"),
+    (("--eval_steps", "2", "--save_steps", "3", "--eval_strategy", "steps", "--save_strategy", "steps",
+      "--load_best_model_at_end"), "multiple of 2; see ptv2 train --help."),
     (("--hidden_dropout_prob", "3"), "--hidden_dropout_prob 3 is outside [0, 1)"),
     (("--epoch_decay", "-1"), "--epoch_decay -1 is outside 0 to 1"),
     (("--fp16",), "--fp16 asks for autocast"),
@@ -58,6 +61,27 @@ def test_one_sentence_before_any_work(backbone, data, words, sentence, tmp_path,
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1
     assert not list(tmp_path.glob("out/*.json"))
+
+
+def test_what_the_best_is_by(backbone, data, tmp_path, capsys):  # noqa: F811
+    words = ["--validation_file", str(data / "dev.jsonl"), "--load_best_model_at_end", "--metric_for_best_model"]
+    assert train(backbone, data, tmp_path / "out", *words, "acc") == 2
+    assert "--metric_for_best_model acc is not among what evaluations measure (accuracy, loss)" in capsys.readouterr().err
+    for name, ours in (("loss", ("eval_loss", False)), ("mse", ("mse", False)), ("eval_f1", ("eval_f1", True))):
+        args = cli_args.parse_train(words + [name])[3]
+        assert (args.metric_for_best_model, args.greater_is_better) == ours
+    args = cli_args.parse_train([])[3]
+    settle_evaluation(args, True, "eval_f1", ("f1", "loss"))
+    assert args.metric_for_best_model is None
+    args = cli_args.parse_train(["--save_strategy", "best"])[3]
+    settle_evaluation(args, True, "eval_f1", ("f1", "loss"))
+    assert (args.metric_for_best_model, args.greater_is_better) == ("eval_f1", True)
+
+
+def test_a_hub_that_may_not_be_asked_is_said(data, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert train("no/such-model", data, tmp_path / "out") == 2
+    assert "'no/such-model' is no folder, and the hub's cache on this machine has" in capsys.readouterr().err
 
 
 def test_a_head_alone_starts_no_prompt(backbone, data, tmp_path, capsys):  # noqa: F811
@@ -113,7 +137,9 @@ def test_several_data_sets_go_on_from_the_last_checkpoint(backbone, data, tmp_pa
     assert main([*words, "--num_train_epochs", "1"]) == 0 and "saved: epoch 1 (mean 0." in capsys.readouterr().out
     assert main([*words, "--num_train_epochs", "2", "--resume_from_checkpoint", "True"]) == 0
     shown = capsys.readouterr().out
-    assert "saved: epoch 2 (mean 0." in shown and "epoch 1  mean" not in shown
+    assert "saved: epoch 2 (mean 0." in shown and "epoch 1  mean" not in shown and "nothing was left" not in shown
+    assert main([*words, "--num_train_epochs", "2", "--resume_from_checkpoint", "True"]) == 0
+    assert "nothing was left to train" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("logging_steps", ["100", "3"])

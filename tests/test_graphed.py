@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ptv2_engine import PromptConfig, PromptedModel, Trainer, graphed, trainer_graphs
 from ptv2_engine.batches import PackedCollator
 from ptv2_engine.encoder import deberta
-from ptv2_engine.graphed import GraphedAdamW, StepGraphs, bucket_of_longest, bucket_of_tokens, fill_up
+from ptv2_engine.graph_inputs import bucket_of, bucket_of_longest, bucket_of_tokens, fill_up
+from ptv2_engine.graphed import GraphedAdamW, StepGraphs
 from ptv2_engine.memory import Setup
 from ptv2_engine.memory.planner import Workload, warm_up
 from ptv2_engine.ops import planned_for
@@ -296,7 +297,7 @@ def test_nothing_in_a_step_reads_back(setup, prompt, monkeypatch):
         graphs = StepGraphs(workload.model, workload.optimizer, 1.0, graphs=Again())
         inputs = {k: v for k, v in workload.batch().items()} | {"seed": torch.zeros(1, dtype=torch.long), "spare_tokens": True,
                                                                  "divisor": 2, "num_items_in_batch": torch.ones(())}
-        bucket = graphed.bucket_of(inputs)
+        bucket = bucket_of(inputs)
         step = graphed._Gradients(graphs, bucket)
         step.compute()                                         # makes tables that are kept
         with NoReadBack():

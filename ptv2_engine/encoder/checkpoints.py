@@ -147,6 +147,7 @@ def _locate(source: str, filename: str) -> Path | None:
         return folder / filename if (folder / filename).is_file() else None
     if source.startswith(("/", "./", "../", "~")):           # no hub id, whose rules would be the only complaint
         raise WeightError(f"the folder {source!r} does not exist; check the path, or pass a hub id.")
+    from huggingface_hub import constants
     from transformers.utils import cached_file
 
     try:
@@ -154,6 +155,9 @@ def _locate(source: str, filename: str) -> Path | None:
     except (OSError, ValueError) as error:
         raise WeightError(f"{source!r} is neither a local folder nor a hub repository that can be reached "
                           f"({_first_line(error)}); check the spelling or pass a folder.") from error
+    if found is None and filename == "config.json" and constants.HF_HUB_OFFLINE:
+        raise WeightError(f"{source!r} is no folder, and the hub's cache on this machine has no config.json of it; without "
+                          "HF_HUB_OFFLINE the hub is asked too.")
     return None if found is None else Path(found)
 
 

@@ -1,0 +1,96 @@
+"""What a captured step reads: batches filled up to a bucket of sizes, as one block of memory that takes one copy to fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptv2_engine.packing import IGNORE
+
+_SPARE = {"input_ids": 0, "token_type_ids": 0, "position_ids": 0, "candidate_ids": -1, "target_ids": IGNORE}   # behind the tokens
+_ALIGNED = 16                    # bytes; where a tensor starts in the block that a batch is copied as
+
+
+def bucket_of_tokens(count: int) -> int:
+    """The bucket of a packed batch's tokens: m * 2^e with m in 9..16, at least 16, less than 1/8 above any count over 128."""
+    grain = 16
+    while -(-count // grain) > 16:
+        grain *= 2
+    return max(-(-count // grain), 1) * grain
+
+
+def bucket_of_longest(length: int, limit: int) -> int:
+    """The bucket of the longest sequence: a power of two from 16, or the most tokens the model takes."""
+    return min(max(16, 1 << (length - 1).bit_length()), max(limit, length))
+
+
+class Bucket(NamedTuple):
+    """What a graph is captured for: tensors by name with shape and dtype, and what is not a tensor."""
+
+    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    others: tuple[tuple[str, Any], ...]
+
+
+def fill_up(inputs: Mapping[str, Any], limit: int, per_token_labels: bool) -> dict[str, Any]:
+    """A packed batch (PackedCollator's) with spare tokens up to its bucket. limit: the most tokens a sequence may have.
+    per_token_labels: labels are [B, S], of a batch whose S is the longest sequence."""
+    made = dict(inputs)
+    count, longest = inputs["input_ids"].shape[0], int(inputs["max_seqlen"])
+    spare, bucket = bucket_of_tokens(count) - count, bucket_of_longest(longest, limit)
+    for name, value in _SPARE.items():
+        if made.get(name) is not None:
+            made[name] = nn.functional.pad(made[name], (0, spare), value=value)
+    if per_token_labels and made.get("labels") is not None:
+        made["labels"] = nn.functional.pad(made["labels"], (0, bucket - made["labels"].shape[1]), value=IGNORE)
+    for name in ("start_positions", "end_positions"):            # behind the last cell means: takes no part
+        if made.get(name) is not None:
+            made[name] = torch.where(made[name] >= longest, bucket, made[name])
+    return {k: v for k, v in made.items() if v is not None} | {"max_seqlen": bucket, "spare_tokens": True}
+
+
+def bucket_of(inputs: Mapping[str, Any]) -> Bucket:
+    return Bucket(tuple((k, tuple(v.shape), v.dtype) for k, v in sorted(inputs.items()) if isinstance(v, Tensor)),
+                  tuple((k, v) for k, v in sorted(inputs.items()) if not isinstance(v, Tensor)))
+
+
+class Block:
+    """The tensors of a bucket as views of one block of memory, so that a batch is one copy."""
+
+    def __init__(self, bucket: Bucket, memory: Tensor) -> None:
+        self.views, self.bytes = dict[str, Tensor](), 0
+        for name, shape, dtype in bucket.tensors:
+            size = dtype.itemsize * torch.Size(shape).numel()
+            self.views[name] = memory[self.bytes:self.bytes + size].view(dtype).view(shape)
+            self.bytes += -(-size // _ALIGNED) * _ALIGNED
+
+    @staticmethod
+    def size(bucket: Bucket) -> int:
+        return sum(-(-dtype.itemsize * torch.Size(shape).numel() // _ALIGNED) * _ALIGNED for _, shape, dtype in bucket.tensors)
+
+
+class Staging:
+    """Pinned host memory that batches pass through, in turns, so that filling one does not wait for the copy before it."""
+
+    def __init__(self, device: torch.device, turns: int = 3) -> None:
+        self.device, self.memory, self.turn = device, [torch.empty(0, dtype=torch.uint8)] * turns, 0
+        self.copied: list[torch.cuda.Event | None] = [None] * turns
+
+    def upload(self, values: Mapping[str, Any], bucket: Bucket, target: Tensor) -> None:
+        """Copy a batch into a block on the device."""
+        self.turn = (self.turn + 1) % len(self.memory)
+        event = self.copied[self.turn]
+        if event is not None:
+            event.synchronize()
+        size = Block.size(bucket)
+        if self.memory[self.turn].numel() < size:
+            self.memory[self.turn] = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        block = Block(bucket, self.memory[self.turn])
+        for name, view in block.views.items():
+            view.copy_(values[name])
+        target.copy_(self.memory[self.turn][:size], non_blocking=True)
+        if self.device.type == "cuda":
+            self.copied[self.turn] = event = torch.cuda.Event()
+            event.record()
