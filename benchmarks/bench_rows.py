@@ -2,7 +2,8 @@
 
 Weights are frozen, as for the peers: stock PyTorch, the same under torch.compile (GPU), and Liger's layer norm where installed.
 Bytes are the least that must move, each tensor once: add_norm forward reads x and the residual and writes y and x_hat, backward
-reads dy and x_hat and writes one gradient (two with dropout).
+reads dy and x_hat and writes one gradient (two with dropout). Flops of row ops are 8 an element, a nominal count: they only say
+where a point lies in the roofline.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def test_add_norm(compare, model, device, dtype, dropout, direction):
     passes = {"forward": 4, "backward": 3 + (dropout > 0), "both": 7 + (dropout > 0)}[direction]
     contest(compare, f"add_norm {direction}  {model} T={T} p={dropout} {short(dtype)}", contestants, direction, device,
             3 * T * H * dtype.itemsize, op="add_norm", model=model, dtype=short(dtype), bytes=passes * T * H * dtype.itemsize,
-            backend=ops.backend_for("add_norm", device, dtype).backend)
+            flops=8 * T * H, backend=ops.backend_for("add_norm", device, dtype).backend)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -107,7 +108,8 @@ def test_linear_gelu(compare, model, device, dtype, direction):
     products = {"forward": 1, "backward": 1, "both": 2}[direction]
     contest(compare, f"linear_gelu {direction}  {model} T={T} {short(dtype)}", contestants, direction, device,
             T * (H + ffn) * dtype.itemsize, op="linear_gelu", model=model, dtype=short(dtype),
-            flops=2 * products * T * H * ffn, backend=ops.backend_for("linear_gelu", device, dtype).backend)
+            flops=2 * products * T * H * ffn, bytes=products * (T * (H + ffn) + H * ffn) * dtype.itemsize,
+            backend=ops.backend_for("linear_gelu", device, dtype).backend)
 
 
 @pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
@@ -130,7 +132,7 @@ def test_embedding(compare, model, device, dtype):
         contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True))
     contest(compare, f"embedding forward  {model} T={T} {short(dtype)}", contestants, "forward", device,
             2 * T * H * dtype.itemsize, op="embedding", model=model, dtype=short(dtype), bytes=2 * T * H * dtype.itemsize,
-            backend=ops.backend_for("embedding", device, dtype).backend)
+            flops=8 * T * H, backend=ops.backend_for("embedding", device, dtype).backend)
 
 
 @pytest.mark.gpu
@@ -149,6 +151,8 @@ def test_frozen_linear(compare, model, direction):
         return make
 
     contestants = {"ptv2": made(lambda x: ops.frozen_linear(x, linear)), "torch": made(lambda x: F.linear(x, weight, bias))}
+    products = 2 if direction == "both" else 1
     contest(compare, f"frozen_linear {direction}  {model} T={T} bf16", contestants, direction, "cuda", 4 * T * H * dtype.itemsize,
-            op="frozen_linear", model=model, dtype="bf16", flops=(4 if direction == "both" else 2) * T * 3 * H * H,
+            op="frozen_linear", model=model, dtype="bf16", flops=2 * products * T * 3 * H * H,
+            bytes=products * (4 * T * H + 3 * H * H) * dtype.itemsize,
             backend=ops.backend_for("frozen_linear", "cuda", dtype).backend)

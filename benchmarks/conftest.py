@@ -117,15 +117,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    record = {"device": device_name(), "date": datetime.date.today().isoformat(), "commit": _commit(), "ptv2_engine": __version__,
+    now = datetime.datetime.now()
+    record = {"device": device_name(), "date": now.date().isoformat(), "time": now.isoformat(timespec="seconds"),
+              "commit": _commit(), "ptv2_engine": __version__,
               "limits": {device: limits(device) for device in sorted({row["device"] for row in _rows})},
               "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions,
               "command": " ".join(["pytest", *session.config.invocation_params.args]), "rows": _rows}
     target = Path(folder) / record["device"] / f"{record['date']}-{record['commit']}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
-        old = json.loads(target.read_text())["rows"]
-        mine = {row["case"] for row in _rows}
-        record["rows"] = [row for row in old if row["case"] not in mine] + _rows
+        old, mine = json.loads(target.read_text()), {row["case"] for row in _rows}
+        record["rows"] = [row for row in old["rows"] if row["case"] not in mine] + _rows
+        record["limits"] = old.get("limits", {}) | record["limits"]
+        record["command"] = "; ".join(dict.fromkeys([*old["command"].split("; "), record["command"]]))
     target.write_text(json.dumps(record, indent=1))
     print(f"\nresults: {target}", file=sys.stderr)

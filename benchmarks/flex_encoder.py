@@ -7,6 +7,7 @@ training: no dropout of attention and prefix, which FlexAttention lacks, and the
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ class FlexEncoder(nn.Module):
         self.L, self.N, self.D, self.P = config.num_layers, config.num_heads, config.head_dim, model.prompt_config.prompt_length
         self.eps, self.hidden, self.frozen = config.layer_norm_eps, encoder.hidden_dropout, [layer for layer in encoder.layers]
         self.bank = nn.Parameter(model.prompt.bank[0].detach().clone())
-        self.classifier = nn.Linear(config.hidden_size, 2, device=model.device)
-        self.classifier.load_state_dict(model.head.classifier.state_dict())
+        self.head = copy.deepcopy(model.head)
         batch = model.packed_batch(**{k: packed[k] for k in ("input_ids", "seq_lengths", "max_seqlen")})
         with torch.no_grad():                      # the embeddings, too, are the same
             self.x = encoder.embeddings(batch, self.P if config.shifts_positions else 0, 0.0, None, 0)[None]
@@ -58,5 +58,7 @@ class FlexEncoder(nn.Module):
                                             layer.ffn_down.weight, layer.ffn_down.bias, layer.ffn_norm_weight,
                                             layer.ffn_norm_bias)]
             x = self.layer(x, prefix[i, 0][None], prefix[i, 1][None], weights)
-        pooled = torch.tanh(F.linear(x[0, self.first], self.pooler.weight.detach(), self.pooler.bias.detach()))
-        return F.cross_entropy(self.classifier(F.dropout(pooled.float(), self.hidden if self.training else 0.0)), self.labels)
+        pooled = x[0, self.first]
+        if self.head.dense is None:                # the pretrained pooler, frozen; otherwise the head trains one
+            pooled = torch.tanh(F.linear(pooled, self.pooler.weight.detach(), self.pooler.bias.detach()))
+        return F.cross_entropy(self.head(pooled), self.labels)

@@ -113,19 +113,27 @@ def stock_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> nn.M
         return transformers.AutoModelForSequenceClassification.from_config(known, dtype=dtype, attn_implementation="sdpa")
 
 
-def peft_step(config: dict[str, Any], P: int, padded: dict[str, Any], dtype: torch.dtype, device: str,
+def peft_step(base: nn.Module, ours: PromptedModel, packed: dict[str, Any], padded: dict[str, Any],
               compiled: bool = False) -> Callable[[], None]:
-    """PEFT prefix tuning in its best practice: weights in the compute dtype, padded to the longest of the batch, SDPA."""
-    model = peft_model(stock_model(config, dtype, device), P)
+    """PEFT prefix tuning in its best practice: weights in the compute dtype, padded to the longest of the batch, SDPA. base: the
+    transformers model that ours has its weights of. Raises AssertionError where the two losses differ."""
+    packed, padded = (moved(batch, str(ours.device)) for batch in (packed, padded))
+    model = peft_model(copy.deepcopy(base), ours.prompt_config.prompt_length).to(ours.device)
+    check_losses(ours, model, packed, padded, 2e-2)
     trained = [p for p in model.parameters() if p.requires_grad]
     call = torch.compile(model, mode="reduce-overhead") if compiled else model          # its CUDA graphs, as ours has
-    optimizer = torch.optim.AdamW(trained, 1e-3, fused=True)
-    return stepper(call, trained, optimizer, moved(padded, device))
+    return stepper(call, trained, torch.optim.AdamW(trained, 1e-3, fused=True), padded)
 
 
 def flex_step(model: PromptedModel, packed: dict[str, Any], compiled: bool = True) -> Callable[[], None]:
-    """A packed encoder on FlexAttention with our model's weights: what a kernel-minded user can assemble (flex_encoder.py)."""
-    peer = FlexEncoder(model, moved(packed, str(model.device)), compiled)
+    """A packed encoder on FlexAttention with our model's weights: what a kernel-minded user can assemble (flex_encoder.py).
+    Raises AssertionError where the two losses differ."""
+    packed = moved(packed, str(model.device))
+    peer = FlexEncoder(model, packed, compiled)
+    with torch.no_grad():
+        same_loss(*(float(loss) for loss in (model.eval()(**packed).loss, peer.eval()())), 2e-2)
+    model.train()
+    peer.train()
     optimizer = torch.optim.AdamW(list(peer.parameters()), 1e-3, fused=True)
 
     def step() -> None:
@@ -139,17 +147,21 @@ def flex_step(model: PromptedModel, packed: dict[str, Any], compiled: bool = Tru
 
 def check_losses(ours: PromptedModel, peft: nn.Module, packed: dict[str, Any], padded: dict[str, Any], tolerance: float) -> None:
     """Same prompt, same head, dropout off: the two must compute the same thing before they are timed."""
-    classifier = dict(peft.base_model.classifier.modules_to_save["default"].named_parameters())
+    head = ours.head.state_dict()                  # BERT's classifier is a Linear, RoBERTa's has a dense in front of it
     with torch.no_grad():
-        for p, q in ((peft.prompt_encoder["default"].embedding.weight, ours.prompt.bank[0]),
-                     *((classifier[w], getattr(ours.head.classifier, w)) for w in ("weight", "bias"))):
-            p.copy_(q)
+        peft.prompt_encoder["default"].embedding.weight.copy_(ours.prompt.bank[0])
+        for name, p in peft.base_model.classifier.modules_to_save["default"].named_parameters():
+            p.copy_(head[name.replace("out_proj", "classifier") if "." in name else f"classifier.{name}"])
         ours.eval()
         peft.eval()
         a, b = float(ours(**packed).loss), float(peft(**padded).loss)
         ours.train()
         peft.train()
-    assert abs(a - b) <= tolerance * abs(b), (a, b)
+    same_loss(a, b, tolerance)
+
+
+def same_loss(ours: float, theirs: float, tolerance: float) -> None:
+    assert abs(ours - theirs) <= tolerance * abs(theirs), f"the peer's loss is {theirs}, ours {ours}"
 
 
 def with_weights_of(base: nn.Module, P: int, dtype: torch.dtype, device: str) -> tuple[PromptedModel, nn.Module]:

@@ -19,6 +19,7 @@ MARKS = ("<!-- report.py: begin -->", "<!-- report.py: end -->")
 OPS = {"train_step": "Training steps", "trainer": "The Trainer over the raw replay", "prefix_attention": "Prefix attention",
        "disentangled_attention": "Disentangled attention", "add_norm": "Row kernels", "embedding": "Row kernels",
        "linear_gelu": "Linear layers", "frozen_linear": "Linear layers"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 Row = dict[str, Any]
 
 
@@ -41,7 +42,8 @@ def speed_of(row: Row) -> str:
         if "matrix_parameters" in row and "rate" in row:
             parts.append(f"{row['tokens_per_s'] * 4 * row['matrix_parameters'] / row['rate']:.0%} of matmul")
         if "peak_memory_bytes" in row:
-            parts.append(" / ".join(f"{size / 2**30:.1f}" for size in row["peak_memory_bytes"].values()) + " GiB")
+            sizes = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in row["peak_memory_bytes"].items())
+            parts.append(f"peak GiB: {sizes}")
         return ", ".join(parts)
     return f"{row['of_limit']:.0%} of {row['limited_by']}" if "of_limit" in row else ""
 
@@ -74,11 +76,16 @@ def limits_line(record: dict[str, Any]) -> str:
     return f"Limits measured in the same run: {'; '.join(found)}." if found else ""
 
 
+def rate_of(record: dict[str, Any], row: Row) -> float | None:
+    """Flops a second of a large matrix product where the row ran, in its dtype; None in records without limits."""
+    limit = record.get("limits", {}).get(row.get("device"), {"matmul_flops_per_s": {}})
+    return limit["matmul_flops_per_s"].get(DTYPES.get(row.get("dtype", "")))
+
+
 def table(record: dict[str, Any]) -> str:
     """A record's rows as Markdown, a table for each group of ops; peers as multiples of our median."""
     parts = [header(record), limits_line(record)]
-    rate = {d: limit["matmul_flops_per_s"].get("bfloat16") for d, limit in record.get("limits", {}).items()}
-    rows = [row | ({"rate": rate[row["device"]]} if rate.get(row.get("device")) else {}) for row in record["rows"]]
+    rows = [row | ({"rate": rate} if (rate := rate_of(record, row)) else {}) for row in record["rows"]]
     for title in dict.fromkeys(OPS.values()):
         chosen = [row for row in rows if OPS.get(op_of(row)) == title]
         if chosen:
@@ -115,8 +122,8 @@ def roofline(record: dict[str, Any], file: Path) -> bool:
     markers = dict(zip(devices, "osD^vP", strict=False))
     for device, dtype in devices:
         limit = record["limits"][device]
-        rate = limit["matmul_flops_per_s"].get({"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype])
         chosen = [row for row in points if (row["device"], row["dtype"]) == (device, dtype)]
+        rate = rate_of(record, chosen[0])
         intensity = [row["flops"] / row["bytes"] for row in chosen]
         achieved = [row["flops"] / next(iter(row["times"].values()))["median_s"] / 1e9 for row in chosen]
         low, high = min(1.0, *intensity) / 2, max(1000.0, *intensity) * 2
@@ -127,7 +134,7 @@ def roofline(record: dict[str, Any], file: Path) -> bool:
                     label=f"{device} {dtype}: kernels")
     axes.set_xlabel("flops a byte that must move")
     axes.set_ylabel("GFLOP/s")
-    axes.set_title(f"Attention kernels on {record['device']}, {record['date']}")
+    axes.set_title(f"Kernels on {record['device']}, {record['date']}")
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
@@ -140,7 +147,7 @@ def newest(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records of one device, newest first, each with the cases that no newer one has; those left empty are dropped."""
     seen: set[str] = set()
     kept = []
-    for record in sorted(records, key=lambda r: r["date"], reverse=True):
+    for record in sorted(records, key=lambda r: r.get("time", r["date"]), reverse=True):
         rows = [row for row in record["rows"] if row["case"] not in seen]
         seen |= {row["case"] for row in rows}
         if rows:
