@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -122,7 +123,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
               "commit": _commit(), "ptv2_engine": __version__,
               "limits": {device: limits(device) for device in sorted({row["device"] for row in _rows})},
               "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions,
-              "command": " ".join(["pytest", *session.config.invocation_params.args]), "rows": _rows}
+              "command": os.environ.get("PTV2_BENCH_COMMAND") or " ".join(["pytest", *session.config.invocation_params.args]),
+              "rows": _rows}
     target = Path(folder) / record["device"] / f"{record['date']}-{record['commit']}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():

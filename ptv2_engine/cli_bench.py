@@ -35,7 +35,8 @@ def run(argv: list[str]) -> None:
         if args.rounds is not None:
             command += ["--rounds", str(args.rounds)]
         root = str(FOLDER.parent)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+                                    "PTV2_BENCH_COMMAND": " ".join(["ptv2 bench", *argv])}
         code = subprocess.run(command, cwd=root, env=environment, check=False).returncode
         written = sorted(results.glob("*/20*.json"), key=lambda file: file.stat().st_mtime)
         if written:
