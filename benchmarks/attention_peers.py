@@ -1,4 +1,4 @@
-"""What a user could assemble instead of prefix_attention, on the same numbers: each builder returns a peer's input sets.
+"""What a user could assemble instead of prefix_attention, on the same numbers: each builder returns a peer's input set.
 
 A peer takes leaves that require grad, in the layout it wants (made before timing), and the same prefix and output gradient. What
 it must do in every layer is inside its call: concatenating or gathering the prefix to the keys and values. What a batch needs
@@ -16,22 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.contest import InputSet
 from ptv2_engine import ops
 from ptv2_engine.testing import cu_seqlens_of, random_prefix, random_qkv
 
-
-@dataclass
-class InputSet:
-    """One set of inputs of a contestant: call() is the forward; leaves get gradients; dout is the gradient of its output."""
-
-    call: Callable[[], Tensor]
-    leaves: list[Tensor]
-    dout: Tensor
-    rows: Callable[[Tensor], Tensor]               # its output as [T, N, D]
-    prefix_rows: Callable[[Tensor], Tensor]        # its prefix key's gradient as [P, N, D]
-
-    def both(self) -> list[Tensor]:
-        return list(torch.autograd.grad(self.call(), self.leaves, self.dout))
+PASSES = {"forward": 4, "backward": 7, "both": 11}             # H-wide rows that must move a token
 
 
 @dataclass
@@ -68,20 +57,26 @@ class Attention:
         out[self.present_BS] = x_TND
         return out.transpose(1, 2).contiguous()
 
+    def packed(self, results: list[Tensor]) -> list[Tensor]:
+        """Of a padded contestant: output and gradients of q, k, v [B, N, S, D] and of the prefix [N, P, D], as ours has them."""
+        return [*(x.transpose(1, 2)[self.present_BS] for x in results[:4]), *(x.transpose(0, 1) for x in results[4:])]
+
 
 def leaves_of(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
-def ours(case: Attention, seed: int) -> InputSet:
+def ours(case: Attention, seed: int, attend: Callable[..., Tensor] = ops.prefix_attention_qkv) -> InputSet:
+    """attend(qkv, prefix key, prefix value, cu_seqlens, longest)"""
     qkv, prefix, dout = case.draw(seed)
     leaves = leaves_of(qkv, *(p[None] for p in prefix)) if case.P else leaves_of(qkv)
 
     def call() -> Tensor:
         pk, pv = leaves[1:] if case.P else (None, None)
-        return ops.prefix_attention_qkv(leaves[0], pk, pv, case.cu, case.S)
+        return attend(leaves[0], pk, pv, case.cu, case.S)
 
-    return InputSet(call, leaves, dout, lambda x: x, lambda g: g[0])
+    return InputSet(call, leaves, dout,
+                    lambda r: [r[0], *(x for g in r[1:2] for x in g.unbind(1)), *(g[0] for g in r[2:])])
 
 
 def sdpa_padded(case: Attention, seed: int) -> InputSet:
@@ -97,8 +92,7 @@ def sdpa_padded(case: Attention, seed: int) -> InputSet:
                         for p, x in zip(prefixes if case.P else (None, None), (k, v), strict=True))
         return F.scaled_dot_product_attention(q, keys, values, mask)
 
-    return InputSet(call, [q, k, v, *(prefixes if case.P else [])], case.padded(dout),
-                    lambda x: x.transpose(1, 2)[case.present_BS], lambda g: g.transpose(0, 1))
+    return InputSet(call, [q, k, v, *(prefixes if case.P else [])], case.padded(dout), case.packed)
 
 
 def _gathered(case: Attention, seed: int, attend: Callable[..., Tensor]) -> InputSet:
@@ -118,7 +112,7 @@ def _gathered(case: Attention, seed: int, attend: Callable[..., Tensor]) -> Inpu
                         for p, x in zip(prefixes if case.P else (None, None), (k, v), strict=True))
         return attend(q, keys, values, case.cu, cu_k, case.S, case.S + case.P)
 
-    return InputSet(call, [q, k, v, *(prefixes if case.P else [])], dout, lambda x: x, lambda g: g)
+    return InputSet(call, [q, k, v, *(prefixes if case.P else [])], dout)
 
 
 def varlen_gathered(case: Attention, seed: int) -> InputSet:
@@ -157,7 +151,7 @@ def flex_packed(case: Attention, seed: int, compiled: bool = True, autotune: boo
         return attend(q, keys, values, block_mask=mask)
 
     return InputSet(call, [q, k, v, *(prefixes if P else [])], dout.transpose(0, 1)[None].contiguous(),
-                    lambda x: x[0].transpose(0, 1), lambda g: g[0].transpose(0, 1))
+                    lambda r: [x[0].transpose(0, 1) for x in r])
 
 
 def forget_compiled() -> None:
@@ -177,18 +171,3 @@ def _compiled_flex(autotune: bool) -> Any:
         # fullgraph: past its limit of variants dynamo would go on uncompiled, which is no peer
         _flex[autotune] = torch.compile(flex_attention, dynamic=False, fullgraph=True, **mode)
     return _flex[autotune]
-
-
-def check(name: str, peer: InputSet, truth: InputSet, backward: bool) -> None:
-    """The peer computes what ours does: output and gradient of the prefix within a few roundings. Raises AssertionError."""
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[truth.dout.dtype]
-
-    def close(what: str, x: Tensor, y: Tensor) -> None:
-        scale = float(y.float().abs().max())
-        error = float((x.float() - y.float()).abs().max())
-        if not error <= tolerance * max(scale, 1e-6):
-            raise AssertionError(f"{name}: {what} is {error:.2e} off, at most {tolerance * scale:.2e} was expected")
-
-    close("the output", peer.rows(peer.call().detach()), truth.call().detach())
-    if backward and len(peer.leaves) > 3:
-        close("the prefix key's gradient", *(s.prefix_rows(s.both()[-2]) for s in (peer, truth)))

@@ -8,47 +8,33 @@ where a point lies in the roofline.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import attempt, input_sets, stream_for
-from benchmarks.shapes import SHAPES, full, on_cpu_and_gpu, short
+from benchmarks.contest import InputSet, contest
+from benchmarks.shapes import DIRECTIONS, SHAPES, TOKENS, full, on_cpu_and_gpu, short
 from ptv2_engine import ops
 
-TOKENS = {"cpu": 2048, "cuda": 16384}
 GRID = [("BERT-base", "cpu gpu"), ("BERT-large", "gpu"), ("GLM-10B", "gpu"), *((model, "full") for model in SHAPES)]
-DIRECTIONS = ["forward", pytest.param("backward", marks=full), "both"]
+Function = Callable[..., torch.Tensor]
+Builder = Callable[[int], InputSet]
+SETS = 8
 
 
-def rows(device: str, dtype: torch.dtype, width: int, grad: bool = True) -> torch.Tensor:
-    return torch.randn(TOKENS[device], width, device=device).to(dtype).requires_grad_(grad)
-
-
-def calls(make: Callable[[], tuple[Callable[[], Any], list, Any]], direction: str, sets: int) -> list[Callable[[], Any]]:
-    """make() -> (forward, leaves, gradient of its output), one input set a call."""
-    with stream_for("cuda" if torch.cuda.is_available() else "cpu"):
-        made = [make() for _ in range(sets)]
-        if direction == "forward":
-            return [torch.no_grad()(call) for call, _, _ in made]
-        if direction == "both":
-            return [lambda c=call, v=leaves, d=dy: torch.autograd.grad(c(), v, d) for call, leaves, dy in made]
-        return [functools.partial(torch.autograd.grad, call(), leaves, dy, retain_graph=True) for call, leaves, dy in made]
-
-
-def contest(compare, name: str, contestants: dict[str, Callable], direction: str, device: str, set_bytes: int,
-            **facts: Any) -> None:
-    """The first contestant is ours; the others may fail to be built."""
-    sets = input_sets(set_bytes, device, most=8)
-    first, *others = contestants
-    peers, skipped = attempt({peer: functools.partial(calls, contestants[peer], direction, sets) for peer in others})
-    compare(name, {first: calls(contestants[first], direction, sets)} | peers, rounds=30 if device == "cuda" else 6,
-            device=device, capture=True, skipped=skipped, input_sets=sets, tokens=TOKENS[device], **{"pass": direction}, **facts)
+def on(inputs: int, device: str, dtype: torch.dtype, width: int, out_width: int) -> Callable[[Function], Builder]:
+    """on(..)(function): a contestant that calls the function with so many inputs [T, width], for an output [T, out_width]."""
+    def contestant(function: Function) -> Builder:
+        def build(seed: int) -> InputSet:
+            generator = torch.Generator(device).manual_seed(seed)
+            draw = lambda columns: torch.randn(TOKENS[device], columns, device=device, generator=generator).to(dtype)
+            leaves, dout = [draw(width).requires_grad_() for _ in range(inputs)], draw(out_width)
+            return InputSet(lambda: function(*leaves), leaves, dout)
+        return build
+    return contestant
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -66,22 +52,16 @@ def test_add_norm(compare, model, device, dtype, dropout, direction):
         layer_norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
         return layer_norm.apply(F.dropout(x, dropout) + residual, weight, bias, 1e-12)
 
-    def made(function):
-        def make():
-            x, residual, dy = rows(device, dtype, H), rows(device, dtype, H), rows(device, dtype, H, False)
-            if dropout == 0.0:
-                torch.testing.assert_close(function(x, residual), stock(x, residual), rtol=2e-2, atol=3e-2)
-            return lambda: function(x, residual), [x, residual], dy
-        return make
-
+    made = on(2, device, dtype, H, H)
     contestants = {"ptv2": made(lambda x, r: ops.add_norm(x, r, weight, bias, 1e-12, dropout_p=dropout, seed=seed)),
                    "torch": made(stock)}
     if device == "cuda":
         contestants |= {"torch.compile": made(torch.compile(stock, dynamic=False, fullgraph=True)), "Liger": made(liger)}
     passes = {"forward": 4, "backward": 3 + (dropout > 0), "both": 7 + (dropout > 0)}[direction]
     contest(compare, f"add_norm {direction}  {model} T={T} p={dropout} {short(dtype)}", contestants, direction, device,
-            3 * T * H * dtype.itemsize, op="add_norm", model=model, dtype=short(dtype), bytes=passes * T * H * dtype.itemsize,
-            flops=8 * T * H, backend=ops.backend_for("add_norm", device, dtype).backend)
+            3 * T * H * dtype.itemsize, unchecked=contestants if dropout else (), most=SETS, op="add_norm", model=model,
+            dtype=short(dtype), tokens=T, flops=8 * T * H, bytes=passes * T * H * dtype.itemsize,
+            backend=ops.backend_for("add_norm", device, dtype).backend)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -92,13 +72,7 @@ def test_linear_gelu(compare, model, device, dtype, direction):
     linear = ops.FrozenLinear(torch.randn(ffn, H, device=device).to(dtype) / H**0.5, torch.randn(ffn, device=device).to(dtype))
     weight, bias = linear.weight.detach(), linear.bias.detach()
     stock = lambda x: F.gelu(F.linear(x, weight, bias))
-
-    def made(function):
-        def make():
-            x, dh = rows(device, dtype, H), rows(device, dtype, ffn, False)
-            return lambda: function(x), [x], dh
-        return make
-
+    made = on(1, device, dtype, H, ffn)
     contestants = {"ptv2": made(lambda x: ops.linear_gelu(x, linear)), "torch": made(stock),
                    "bare product": made(lambda x: F.linear(x, weight, bias))}
     if device == "cuda":
@@ -107,32 +81,36 @@ def test_linear_gelu(compare, model, device, dtype, direction):
         contestants = {"ptv2": contestants["ptv2"]}
     products = {"forward": 1, "backward": 1, "both": 2}[direction]
     contest(compare, f"linear_gelu {direction}  {model} T={T} {short(dtype)}", contestants, direction, device,
-            T * (H + ffn) * dtype.itemsize, op="linear_gelu", model=model, dtype=short(dtype),
-            flops=2 * products * T * H * ffn, bytes=products * (T * (H + ffn) + H * ffn) * dtype.itemsize,
+            T * (H + ffn) * dtype.itemsize, unchecked=("bare product",), most=SETS, op="linear_gelu", model=model,
+            dtype=short(dtype), tokens=T, flops=2 * products * T * H * ffn,
+            bytes=products * (T * (H + ffn) + H * ffn) * dtype.itemsize,
             backend=ops.backend_for("linear_gelu", device, dtype).backend)
 
 
 @pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
 def test_embedding(compare, model, device, dtype):
     H, T = SHAPES[model][0], TOKENS[device]
+    words = min(30522, 4 * T)
     position, types = (torch.randn(n, H, device=device).to(dtype) for n in (512, 2))
     weight, bias = torch.rand(H, device=device).to(dtype), torch.randn(H, device=device).to(dtype)
     stock = lambda word, ids, places: F.layer_norm(word[ids] + position[places] + types[0], (H,), weight, bias)
 
     def made(function):
-        def make():
-            word = torch.randn(30522, H, device=device).to(dtype)              # a table of its own: one would stay in the cache
-            ids, places = torch.randint(0, 30522, (T,), device=device), torch.arange(T, device=device) % 128
-            return lambda: function(word, ids, places), [], None
-        return make
+        def build(seed: int) -> InputSet:
+            generator = torch.Generator(device).manual_seed(seed)              # a table of its own: one would stay in the cache
+            word = torch.randn(words, H, device=device, generator=generator).to(dtype)
+            ids = torch.randint(0, words, (T,), device=device, generator=generator)
+            places = torch.arange(T, device=device) % 128
+            return InputSet(lambda: function(word, ids, places), [], None)
+        return build
 
     ours = lambda word, ids, places: ops.embedding(ids, places, None, word, position, types, weight, bias, 1e-5)
     contestants = {"ptv2": made(ours), "torch": made(stock)}
     if device == "cuda":
         contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True))
     contest(compare, f"embedding forward  {model} T={T} {short(dtype)}", contestants, "forward", device,
-            2 * T * H * dtype.itemsize, op="embedding", model=model, dtype=short(dtype), bytes=2 * T * H * dtype.itemsize,
-            flops=8 * T * H, backend=ops.backend_for("embedding", device, dtype).backend)
+            2 * T * H * dtype.itemsize, most=SETS, op="embedding", model=model, dtype=short(dtype), tokens=T,
+            flops=8 * T * H, bytes=2 * T * H * dtype.itemsize, backend=ops.backend_for("embedding", device, dtype).backend)
 
 
 @pytest.mark.gpu
@@ -143,16 +121,10 @@ def test_frozen_linear(compare, model, direction):
     (H, _, _), T, dtype = SHAPES[model], TOKENS["cuda"], torch.bfloat16
     linear = ops.FrozenLinear(torch.randn(3 * H, H, device="cuda").to(dtype), torch.randn(3 * H, device="cuda").to(dtype))
     weight, bias = linear.weight.detach(), linear.bias.detach()
-
-    def made(function):
-        def make():
-            x, dy = rows("cuda", dtype, H), rows("cuda", dtype, 3 * H, False)
-            return lambda: function(x), [x], dy
-        return make
-
+    made = on(1, "cuda", dtype, H, 3 * H)
     contestants = {"ptv2": made(lambda x: ops.frozen_linear(x, linear)), "torch": made(lambda x: F.linear(x, weight, bias))}
     products = 2 if direction == "both" else 1
     contest(compare, f"frozen_linear {direction}  {model} T={T} bf16", contestants, direction, "cuda", 4 * T * H * dtype.itemsize,
-            op="frozen_linear", model=model, dtype="bf16", flops=2 * products * T * 3 * H * H,
-            bytes=products * (4 * T * H + 3 * H * H) * dtype.itemsize,
+            most=SETS, op="frozen_linear", model=model, dtype="bf16", tokens=T,
+            flops=2 * products * T * 3 * H * H, bytes=products * (4 * T * H + 3 * H * H) * dtype.itemsize,
             backend=ops.backend_for("frozen_linear", "cuda", dtype).backend)

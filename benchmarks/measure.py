@@ -143,5 +143,7 @@ def attempt(peers: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dic
             made[name] = build()
         except Exception as error:                           # a peer never stops the run
             gc.collect()
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else type(error).__name__
+            text = str(error).strip().splitlines()[:1]
+            named = [] if isinstance(error, AssertionError) and text else [type(error).__name__]
+            skipped[name] = ": ".join([*named, *text])[:180]
     return made, skipped

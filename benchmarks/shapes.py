@@ -14,6 +14,8 @@ SHAPES = {"MiniLM": (384, 12, 1536), "BERT-base": (768, 12, 3072), "BERT-large":
           "DeBERTa-xlarge": (1536, 24, 6144), "GLM-2B": (2048, 32, 8192), "GLM-10B": (4096, 64, 16384)}
 _STORED = json.loads((Path(__file__).parent / "lengths.json").read_text())
 full = pytest.mark.full
+TOKENS = {"cpu": 2048, "cuda": 16384}                          # of a packed batch
+DIRECTIONS = ["forward", pytest.param("backward", marks=full), "both"]
 
 
 def _drawn(mean: float, deviation: float, low: int, high: int, count: int = 512) -> list[int]:
@@ -46,13 +48,13 @@ def short(dtype: torch.dtype) -> str:
 
 def on_cpu_and_gpu(*cases: tuple, cpu: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> list:
     """pytest parameters: each case on the CPU in these dtypes and on a GPU in bf16. A case's last entry says where: "cpu", "gpu"
-    or both; "full": on a GPU in --grid full only ("cpu full": on both)."""
+    or both; "full": in --grid full only, on a GPU and on the CPU in the first of the dtypes ("cpu full": on the CPU only)."""
     made = []
     for *case, where in cases:
         name = "-".join(map(str, case))
         marks = [full] if "full" in where else []
-        if "cpu" in where:
-            made += [pytest.param(*case, "cpu", dtype, id=f"{name}-cpu-{short(dtype)}", marks=marks) for dtype in cpu]
-        if "gpu" in where or "full" in where:
+        for dtype in cpu if "cpu" in where else cpu[:where == "full"]:
+            made.append(pytest.param(*case, "cpu", dtype, id=f"{name}-cpu-{short(dtype)}", marks=marks))
+        if "gpu" in where or where == "full":
             made.append(pytest.param(*case, "cuda", torch.bfloat16, id=f"{name}-cuda-bf16", marks=[*marks, pytest.mark.gpu]))
     return made

@@ -14,7 +14,9 @@ from torch.nn.attention import flex_attention
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import attention_peers, bench_scaling, gpu_check, measure, models, report, shapes
-from benchmarks.attention_peers import Attention, check, flex_packed, ours, sdpa_padded
+from benchmarks.attention_peers import Attention, flex_packed, ours, sdpa_padded
+from benchmarks.bench_disentangled_attention import Case, fused, stock
+from benchmarks.contest import InputSet, check, contest
 from benchmarks.flex_encoder import FlexEncoder
 from ptv2_engine import cli, cli_bench
 from ptv2_engine.testing import tiny_config
@@ -39,30 +41,71 @@ def dense_flex(q, k, v, block_mask):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, block_mask.mask_mod(0, 0, queries[:, None], keys[None]))
 
 
+def agree(peer: InputSet, truth: InputSet, backward: bool = True) -> None:
+    check(peer.results(backward), truth.results(backward))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_peers_compute_what_ours_does(case, monkeypatch):
     import torch.nn.attention.varlen as varlen
 
     monkeypatch.setattr(varlen, "varlen_attn", fake_varlen)
     truth = ours(case, 0)
-    check("sdpa", sdpa_padded(case, 0), truth, True)
-    check("varlen", attention_peers.varlen_gathered(case, 0), truth, True)
+    assert len(truth.results(True)) == (6 if case.P else 4)
+    agree(sdpa_padded(case, 0), truth)
+    agree(attention_peers.varlen_gathered(case, 0), truth)
     with monkeypatch.context() as patch:                     # torch's own forward
         patch.setattr(attention_peers, "leaves_of", lambda *tensors: list(tensors))
-        check("flex", flex_packed(case, 0, compiled=False), truth, False)
+        agree(flex_packed(case, 0, compiled=False), truth, False)
     monkeypatch.setattr(flex_attention, "flex_attention", dense_flex)
-    check("flex", flex_packed(case, 0, compiled=False), truth, True)
+    agree(flex_packed(case, 0, compiled=False), truth)
 
 
-def test_a_peer_that_computes_something_else_is_no_peer():
-    case = CASES[0]
-    with pytest.raises(AssertionError, match="other: the output is"):
-        check("other", sdpa_padded(case, 1), ours(case, 0), True)
-    wrong = sdpa_padded(case, 0)
-    both = wrong.both
-    wrong.both = lambda: [2 * g for g in both()]
-    with pytest.raises(AssertionError, match="prefix key's gradient"):
-        check("other", wrong, ours(case, 0), True)
+@pytest.mark.parametrize("lengths, P", [([5, 9, 3], 4), ([300, 7], 0)])
+def test_the_stock_design_computes_what_disentangled_attention_does(lengths, P):
+    case = Case(lengths, P, 2, 16, torch.float32, "cpu")
+    agree(stock(case, 0), fused(case, 0))
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_peer_that_computes_something_else_is_no_peer(place):
+    truth = ours(CASES[0], 0).results(True)
+    wrong = [x.clone() for x in truth]
+    wrong[place][-1] *= 1.01
+    with pytest.raises(AssertionError, match=f"gradient {place} of 5 is" if place else "the output is"):
+        check(wrong, truth)
+    with pytest.raises(AssertionError, match="3 gradients where ours has 5"):
+        check(truth[:4], truth)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+def test_a_contest_times_those_that_agree_and_says_why_not_the_others(direction):
+    def contestant(function):
+        def build(seed):
+            x = torch.full((4,), seed + 1.0, requires_grad=True)
+            return InputSet(lambda: function(x), [x], torch.ones(4))
+        return build
+
+    def without_grad(x):                                     # runs while it is compared, and not as a forward is timed
+        return x / [][0] if not torch.is_grad_enabled() else x * 2
+
+    rows = []
+    contestants = {name: contestant(function) for name, function in {
+        "ours": lambda x: x * 2, "same": lambda x: x + x, "other": lambda x: x * 3, "floor": lambda x: x,
+        "broken": lambda x: x.no_such_thing(), "timed": without_grad}.items()}
+    contest(lambda case, functions, **facts: rows.append((functions, facts)), "case", contestants, direction, "cpu", 1 << 30,
+            unchecked=("floor", "timed"), op="add_norm")
+    functions, facts = rows[0]
+    assert facts["op"] == "add_norm" and facts["pass"] == direction and facts["input_sets"] == 2 == len(functions["ours"])
+    expected = {"ours", "same", "floor"} | ({"timed"} if direction != "forward" else set())
+    assert set(functions) == expected
+    assert facts["skipped"]["other"].startswith("computes something else: the output is")
+    assert facts["skipped"]["broken"].startswith("AttributeError: ")
+    found = [function() for function in functions["same"]]
+    if direction == "forward":
+        assert [float(x[0]) for x in found] == [2, 4] and not found[0].requires_grad       # the sets take turns
+    else:
+        assert all(float(g[0]) == 2 for g, in found)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -98,6 +141,16 @@ def test_a_peer_that_fails_is_a_reason():
 
 def test_the_fitted_line():
     assert bench_scaling.fitted([1, 2, 3], [5, 7, 9]) == pytest.approx((2, 3, 1))
+
+
+def test_where_the_cases_of_a_grid_run():
+    half, single = torch.bfloat16, torch.float32
+    cases = {where: [(p.values[1:], "gpu" in str(p.marks), "full" in str(p.marks)) for p in shapes.on_cpu_and_gpu(("a", where))]
+             for where in ("cpu gpu", "gpu", "full", "cpu full")}
+    assert cases["cpu gpu"] == [(("cpu", single), False, False), (("cpu", half), False, False), (("cuda", half), True, False)]
+    assert cases["gpu"] == [(("cuda", half), True, False)]
+    assert cases["full"] == [(("cpu", single), False, True), (("cuda", half), True, True)]
+    assert cases["cpu full"] == [(("cpu", single), False, True), (("cpu", half), False, True)]
 
 
 def test_lengths():
