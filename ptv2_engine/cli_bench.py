@@ -34,10 +34,8 @@ def run(argv: list[str]) -> None:
                    args.grid, "--results", str(results), *(str(FOLDER / f"bench_{op}.py") for op in args.op)]
         if args.rounds is not None:
             command += ["--rounds", str(args.rounds)]
-        root = str(FOLDER.parent)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-                                    "PTV2_BENCH_COMMAND": " ".join(["ptv2 bench", *argv])}
-        code = subprocess.run(command, cwd=root, env=environment, check=False).returncode
+        environment = os.environ | {"PTV2_BENCH_COMMAND": " ".join(["ptv2 bench", *argv])}
+        code = subprocess.run(command, cwd=FOLDER.parent, env=environment, check=False).returncode    # imported from there too
         written = sorted(results.glob("*/20*.json"), key=lambda file: file.stat().st_mtime)
         if written:
             print(_report(json.loads(written[-1].read_text())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -56,19 +57,16 @@ def bucket_of(inputs: Mapping[str, Any]) -> Bucket:
                   tuple((k, v) for k, v in sorted(inputs.items()) if not isinstance(v, Tensor)))
 
 
-class Block:
-    """The tensors of a bucket as views of one block of memory, so that a batch is one copy."""
+def places_of(bucket: Bucket) -> list[int]:
+    """Bytes at which the tensors of a bucket start in one block of memory, and at last its size: a batch is one copy then."""
+    sizes = (dtype.itemsize * torch.Size(shape).numel() for _, shape, dtype in bucket.tensors)
+    return [0, *accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)]
 
-    def __init__(self, bucket: Bucket, memory: Tensor) -> None:
-        self.views, self.bytes = dict[str, Tensor](), 0
-        for name, shape, dtype in bucket.tensors:
-            size = dtype.itemsize * torch.Size(shape).numel()
-            self.views[name] = memory[self.bytes:self.bytes + size].view(dtype).view(shape)
-            self.bytes += -(-size // _ALIGNED) * _ALIGNED
 
-    @staticmethod
-    def size(bucket: Bucket) -> int:
-        return sum(-(-dtype.itemsize * torch.Size(shape).numel() // _ALIGNED) * _ALIGNED for _, shape, dtype in bucket.tensors)
+def views_of(bucket: Bucket, memory: Tensor) -> dict[str, Tensor]:
+    """The tensors of a bucket where they lie in a block of memory, uint8 [bytes]."""
+    return {name: memory[place:place + dtype.itemsize * torch.Size(shape).numel()].view(dtype).view(shape)
+            for (name, shape, dtype), place in zip(bucket.tensors, places_of(bucket), strict=False)}
 
 
 class Staging:
@@ -84,11 +82,10 @@ class Staging:
         event = self.copied[self.turn]
         if event is not None:
             event.synchronize()
-        size = Block.size(bucket)
+        size = places_of(bucket)[-1]
         if self.memory[self.turn].numel() < size:
             self.memory[self.turn] = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        block = Block(bucket, self.memory[self.turn])
-        for name, view in block.views.items():
+        for name, view in views_of(bucket, self.memory[self.turn]).items():
             view.copy_(values[name])
         target.copy_(self.memory[self.turn][:size], non_blocking=True)
         if self.device.type == "cuda":

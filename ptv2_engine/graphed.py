@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from ptv2_engine.graph_inputs import Block, Bucket, Staging, bucket_of, fill_up
+from ptv2_engine.graph_inputs import Bucket, Staging, bucket_of, fill_up, places_of, views_of
 from ptv2_engine.model import PromptedModel
 
 Replay = Callable[[], None]
@@ -72,8 +72,8 @@ class _Gradients:
 
     def __init__(self, owner: StepGraphs, bucket: Bucket) -> None:
         self.owner, self.bucket, self.runs = owner, bucket, 0
-        self.memory = torch.empty(Block.size(bucket), dtype=torch.uint8, device=owner.device)
-        self.inputs = Block(bucket, self.memory).views | dict(bucket.others)
+        self.memory = torch.empty(places_of(bucket)[-1], dtype=torch.uint8, device=owner.device)
+        self.inputs = views_of(bucket, self.memory) | dict(bucket.others)
         self.captured: tuple[Replay, Tensor] | None = None
 
     def compute(self) -> Tensor:

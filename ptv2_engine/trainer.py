@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from ptv2_engine.adapter import refill, replace_file
@@ -103,7 +103,7 @@ class Trainer(GraphedTrainer):
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None,
                         is_training: bool = False, dataloader_key: str | None = None) -> DataLoader:
         """Token-balanced batches for training on a data set whose lengths are known; transformers' loader otherwise."""
-        if not (is_training and self.packs) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        if not (is_training and self.knows_lengths(dataset)):
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         sampler = self._sampler([sum(example) for example in _sequences(dataset)], self.args, batch_size)
         workers = self.args.dataloader_num_workers
@@ -122,7 +122,7 @@ class Trainer(GraphedTrainer):
 
     def _plan(self, model: PromptedModel, args: TrainingArguments, dataset: Any, check: bool, auto_batch: bool) -> None:
         """Before the model is moved: choose the micro-batch, or refuse what does not fit. Only where lengths are known."""
-        known = self.packs and dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+        known = self.knows_lengths(dataset)
         if auto_batch and not known and dataset is not None:
             raise ConfigError("auto_batch needs to know the examples' lengths, but the data set has no length or the collator is "
                               "your own; choose per_device_train_batch_size and gradient_accumulation_steps yourself.")

@@ -25,6 +25,10 @@ class GraphedTrainer(transformers.Trainer):
     graphs: StepGraphs | None = None               # made at the first step
     graphs_refused: str | None = "not settled"     # why there are none, or None
 
+    def knows_lengths(self, dataset: Any) -> bool:
+        """Whether batches of a data set are ours to make: it can be counted, and PackedCollator packs it."""
+        return self.packs and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+
     def settle_graphs(self, wanted: bool) -> None:
         """Decide once, when everything else is known; where a GPU goes without, the log says why."""
         self.graphs_refused = self._refuses_graphs() if wanted else "cuda_graphs is off"
@@ -32,13 +36,13 @@ class GraphedTrainer(transformers.Trainer):
             _log.info("steps run without CUDA graphs: %s", self.graphs_refused)
 
     def _refuses_graphs(self) -> str | None:
-        args, dataset = self.args, self.train_dataset
+        args = self.args
         if args.n_gpu > 1 or self.accelerator.num_processes > 1:
             return f"gradients are reduced over {max(args.n_gpu, self.accelerator.num_processes)} devices"
         if args.optim != "adamw_torch_fused" or self.optimizer is not None:
             name = "your own" if self.optimizer is not None else str(getattr(args.optim, "value", args.optim))
             return f"the optimizer is {name}; adamw_torch_fused has graphs"
-        if not self.packs or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        if not self.knows_lengths(self.train_dataset):
             return "batches come from a collator or a stream of your own"
         if args.label_smoothing_factor or self.compute_loss_func is not None:
             return "the loss is computed outside of the model"
