@@ -1,12 +1,21 @@
 """Shape -> tile sizes, in plain Python. Every choice says why; nothing is measured inside a call.
 
+What was measured on this GPU (tile_table.py) comes before the heuristic below, kernel by kernel; it changes the tiles of a plan,
+not which kernels the plan takes. Plans are kept, so a launch looks its plan up.
+
 A query tile meets the keys in blocks. Rows of up to ONE_BLOCK_TOKENS tokens whose prefix fits one small block take the
 one-sweep backward: all keys of a (sequence, head) stay on chip. Longer rows take a dQ kernel and a dK, dV kernel.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ptv2_engine.kernels import tile_table
 
 ONE_BLOCK_TOKENS = 128
 ONE_SWEEP_PREFIX = 32
@@ -53,12 +62,43 @@ def power_of_two(n: int, low: int = 16) -> int:
     return max(low, 1 << max(n - 1, 0).bit_length())
 
 
+_forced: tuple[Mapping[tile_table.Class, Any], dict[tile_table.Class, Any]] | None = None
+
+
+@contextmanager
+def forced(tiles: Mapping[tile_table.Class, Any]) -> Iterator[dict[tile_table.Class, Any]]:
+    """Inside, kernels get these tiles, else the heuristic's, and no table is asked: how `ptv2 tune` tries tiles out. Yields what
+    is asked for: the heuristic's tiles of each kernel and shape class."""
+    global _forced
+    before, _forced = _forced, (tiles, {})
+    plans = (choose_rows, _plan, _relative_plan)
+    try:
+        for plan in plans:
+            plan.cache_clear()
+        yield _forced[1]
+    finally:
+        _forced = before
+        for plan in plans:
+            plan.cache_clear()
+
+
+def _measured(kernel: str, shape: tuple[int, ...], config: Any) -> Any:
+    """The measured tiles for this kernel and shape class (tile_table.FIELDS) where there are any, else the heuristic's."""
+    if _forced is not None:
+        _forced[1][kernel, shape] = config
+        return _forced[0].get((kernel, shape), config)
+    found = tile_table.table().get((kernel, shape))
+    return replace(config, **found) if found else config
+
+
+@functools.cache
 def choose_rows(width: int) -> RowConfig:
     """Tiles of add_norm and embedding for rows of this width."""
     block = power_of_two(width)
     rows = max(1, min(16, 2048 // block))
     warps = max(1, min(16, rows * block // 512))
-    return RowConfig(rows, block, warps, f"{rows} x {block} elements, {rows * block // (32 * warps)} a thread")
+    config = RowConfig(rows, block, warps, f"{rows} x {block} elements, {rows * block // (32 * warps)} a thread")
+    return _measured("rows", (width,), config)
 
 
 def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, num_sequences: int = 1, num_tokens: int = 0,
@@ -69,6 +109,27 @@ def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, nu
     sequence, or by a kernel of its own, which reads q and dO once more but writes only a few partials. dropout: of any
     kind; its masks need the registers that fetching queries ahead would take.
     """
+    few_partials = 2 * num_sequences * prompt_length <= num_tokens
+    return _plan(max_seqlen, prompt_length, head_dim, itemsize, few_partials, bool(dropout))
+
+
+def _shape_class(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, dropout: bool) -> tuple[int, ...]:
+    """What rows share whose tiles are measured together: tile_table's itemsize, head_dim, tokens, prompt, dropout."""
+    return (itemsize, head_dim, power_of_two(max_seqlen), power_of_two(prompt_length) if prompt_length else 0, int(dropout))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, few_partials: bool, dropout: bool) -> AttentionPlan:
+    """The heuristic's plan with the measured tiles put in."""
+    plan = _heuristic(max_seqlen, prompt_length, head_dim, itemsize, few_partials, dropout)
+    shape = _shape_class(max_seqlen, prompt_length, head_dim, itemsize, dropout)
+    sweep = plan.sweep and _measured("sweep", (*shape, int(plan.fuse_prefix)), plan.sweep)
+    measured = {kernel: _measured(kernel, shape, getattr(plan, kernel)) for kernel in ("forward", "dq", "dkdv", "prefix")}
+    return replace(plan, sweep=sweep, **measured)
+
+
+def _heuristic(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, few_partials: bool,
+               dropout: bool) -> AttentionPlan:
     wide = head_dim > 64
     tokens = power_of_two(max_seqlen)
     prefix = min(64, power_of_two(prompt_length)) if prompt_length else 0
@@ -91,7 +152,7 @@ def choose(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, nu
     if wide or max_seqlen > (ONE_BLOCK_TOKENS // 2 if dropout else ONE_BLOCK_TOKENS) or prompt_length > ONE_SWEEP_PREFIX:
         return AttentionPlan(forward, None, dq, dkdv, gradient, False,
                              f"{max_seqlen} + {prompt_length} keys of {head_dim}: dQ and dK, dV in kernels of their own")
-    fuse = tokens <= 64 and 2 * num_sequences * prompt_length <= num_tokens
+    fuse = tokens <= 64 and few_partials
     sweep = TileConfig(few, tokens, prefix, max(4, tokens // 16), 1,
                        f"all keys on chip: a warp keeps 16 keys, queries stream by {few}")
     where = "inside, one partial a sequence" if fuse else "apart: no registers, or partials outweigh reading q, dO again"
@@ -116,12 +177,22 @@ def choose_relative(max_seqlen: int, prompt_length: int, head_dim: int, itemsize
     The gather that does so wants many registers: on sm_80, sm_90 and sm_100 tiles of 64 x 32 spill 200 to 2000 bytes a thread,
     32 x 32 none.
     """
+    return _relative_plan(max_seqlen, prompt_length, head_dim, itemsize, bool(dropout))
+
+
+@functools.lru_cache(maxsize=4096)
+def _relative_plan(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, dropout: bool) -> RelativePlan:
+    """The heuristic's plan with the measured tiles put in; the prefix gradient's are prefix attention's."""
     plain = choose(max_seqlen, prompt_length, head_dim, itemsize, dropout=dropout)
     wide, side = head_dim > 64, 16 if itemsize == 4 else 32
-    keys, prefix = min(power_of_two(max_seqlen), side), min(plain.dq.block_p, 16 if wide or itemsize == 4 else 32)
+    keys = min(power_of_two(max_seqlen), side)
+    prefix = min(power_of_two(prompt_length), 16 if wide or itemsize == 4 else 32) if prompt_length else 0
     warps = 8 if wide else 4
     tile = TileConfig(side, keys, prefix, warps, 1, f"{side} queries, {keys} keys, {power_of_two(side + keys - 1)} distances")
-    return RelativePlan(tile, tile, TileConfig(side, keys, 0, warps, 1, tile.why), plain.prefix)
+    tiles = {"forward": tile, "dq": tile, "dkdv": replace(tile, block_p=0)}
+    shape = _shape_class(max_seqlen, prompt_length, head_dim, itemsize, dropout)
+    return RelativePlan(prefix=plain.prefix,
+                        **{kernel: _measured(f"relative_{kernel}", shape, config) for kernel, config in tiles.items()})
 
 
 def choose_splits(num_sequences: int, query_tiles: int, programs: int) -> tuple[int, int]:

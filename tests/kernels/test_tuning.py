@@ -1,11 +1,13 @@
-"""The choice of tiles: pure Python, says why, follows what the kernels need."""
+"""The choice of tiles: pure Python, says why, follows what the kernels need; what was measured comes before the heuristic."""
 
 from __future__ import annotations
 
+import json
 from itertools import product
 
 import pytest
-from ptv2_engine.kernels.tuning import choose, choose_splits
+from ptv2_engine.kernels import tile_table, tuning
+from ptv2_engine.kernels.tuning import choose, choose_relative, choose_rows, choose_splits
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -35,3 +37,107 @@ def test_the_prefix_gradient_is_cut_evenly(sequences, tiles, programs):
     assert 1 <= groups <= max(sequences, 1) and 1 <= query_groups <= max(tiles, 1)
     if sequences * tiles * programs >= 528:
         assert groups * query_groups * programs >= 132, "fewer programs than multiprocessors though there is work for them"
+
+
+DEVICE, RUNNING = "NVIDIA H100 80GB HBM3", "3.6.0"
+SHAPE = {"itemsize": 2, "head_dim": 64, "tokens": 128, "prompt": 16, "dropout": True}
+TILES = {"block_m": 128, "block_n": 64, "block_p": 16, "warps": 8, "stages": 3}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """table(kernel=rows, ...): what is found on an H100 that has this table; returns its folder."""
+    def write(device=DEVICE, triton=RUNNING, **kernels):
+        (tmp_path / tile_table.file_name(DEVICE)).write_text(json.dumps({"device": device, "triton": triton, "kernels": kernels}))
+        forget()
+        return tmp_path
+
+    def forget():
+        tile_table.table.cache_clear()
+        with tuning.forced({}):                              # forgets the plans
+            pass
+
+    monkeypatch.setattr(tile_table, "FOLDER", tmp_path)
+    monkeypatch.setattr(tile_table, "device_name", lambda: DEVICE)
+    monkeypatch.setattr(tile_table, "triton_version", lambda: RUNNING)
+    monkeypatch.delenv("PTV2_TUNING", raising=False)
+    forget()
+    yield write
+    forget()
+
+
+def entry(shape=SHAPE, tiles=TILES, **changes):
+    return shape | {"tiles": tiles, "us": 40.0, "heuristic_us": 50.0, "a_a": 1.0} | changes
+
+
+def test_measured_tiles_come_before_the_heuristic_kernel_by_kernel(table):
+    heuristic = choose(128, 16, 64, 2, dropout=True)
+    table(forward=[entry()], dq=[entry(tiles=None)], rows=[entry({"width": 768}, {"rows": 4, "warps": 8})],
+          relative_dkdv=[entry(tiles=TILES | {"block_p": 0})], kernel_of_another_version=[{"anything": 1}])
+    for longest in (65, 100, 128):
+        plan = choose(longest, 9, 64, 2, dropout=True)
+        assert {name: getattr(plan.forward, name) for name in TILES} == TILES
+        assert "measured: 40.0 us, 50.0 with the heuristic's tiles" in plan.forward.why
+    assert (plan.dq, plan.dkdv, plan.prefix) == (heuristic.dq, heuristic.dkdv, heuristic.prefix)
+    for other in ((129, 16, 64, 2), (128, 17, 64, 2), (128, 0, 64, 2), (128, 16, 32, 2), (128, 16, 64, 4)):
+        assert "measured" not in choose(*other, dropout=True).forward.why
+    assert "measured" not in choose(128, 16, 64, 2).forward.why
+    assert (choose_rows(768).rows, choose_rows(768).warps, choose_rows(768).block) == (4, 8, 1024)
+    assert "measured" not in choose_rows(1024).why
+    relative = choose_relative(128, 16, 64, 2, dropout=True)
+    assert relative.dkdv.block_m == 128 and "measured" not in relative.forward.why and relative.prefix == plan.prefix
+
+
+def test_a_plan_is_looked_up_and_not_made_again(table):
+    table(forward=[entry()])
+    assert choose(128, 16, 64, 2, 128, 16384, True) is choose(128, 16, 64, 2, 120, 16000, True)
+    assert choose_rows(768) is choose_rows(768)
+
+
+def test_forced_tiles_come_before_both_and_say_what_was_asked_for(table):
+    table(forward=[entry()])
+    shape = ("forward", (2, 64, 128, 16, 1))
+    mine = tuning.TileConfig(16, 16, 16, 1, 1, "mine")
+    with tuning.forced({shape: mine}) as asked:
+        assert choose(128, 16, 64, 2, dropout=True).forward is mine
+    assert asked[shape].why.startswith("a warp keeps 16 whole rows") and len(asked) == 4
+    assert "measured" in choose(128, 16, 64, 2, dropout=True).forward.why
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"triton": "3.5.1"}, "made with Triton 3.5.1, and 3.6.0 runs here"),
+    ({"device": "NVIDIA H100 PCIe"}, "made on NVIDIA H100 PCIe"),
+    ({"forward": [{"itemsize": 2}]}, "it has no 'head_dim'"),
+    ({"forward": [entry(tiles=TILES | {"block_m": 96})]}, "powers of two"),
+    ({"dq": [entry(tiles=TILES | {"block_p": 0})]}, "must be 16 or more"),
+    ({"dq": [entry(SHAPE | {"prompt": 0})]}, "without a prefix"),
+    ({"sweep": [entry(fused=False, tiles=TILES)]}, "holds all keys"),
+    ({"rows": [entry({"width": 8}, {"rows": 2})]}, "called rows, warps"),
+])
+def test_a_table_that_is_not_for_here_is_ignored_in_one_line(table, change, reason, caplog):
+    table(**{"forward": [entry()]} | change)
+    for _ in range(2):
+        assert "measured" not in choose(128, 16, 64, 2, dropout=True).forward.why
+    assert len(caplog.records) == 1 and reason in caplog.text and "are ignored" in caplog.text
+
+
+def test_the_variable_switches_tables_off_and_names_another_folder(table, monkeypatch, tmp_path_factory, caplog):
+    folder = table(forward=[entry()])
+    for setting, found in (("off", 0), (str(folder), 1), (str(tmp_path_factory.mktemp("none")), 0)):
+        tile_table.table.cache_clear()
+        monkeypatch.setenv("PTV2_TUNING", setting)
+        assert len(tile_table.table()) == found
+    assert len(caplog.records) == 1 and "holds no nvidia-h100-80gb-hbm3.json" in caplog.text
+
+
+def test_without_a_gpu_no_table_is_asked(monkeypatch):
+    tile_table.table.cache_clear()
+    monkeypatch.setattr(tile_table, "device_name", lambda: None)
+    assert tile_table.table() == {}
+
+
+def test_tables_in_the_package_are_ones_that_can_be_read():
+    for path in tile_table.FOLDER.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert path.name == tile_table.file_name(record["device"])
+        tile_table.read(path, record["device"], record["triton"])
