@@ -10,14 +10,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # from the top down; a module may import its own level only where ALLOWED says so
-LEVELS = [("cli", "demo"), ("cli_predict", "cli_memory", "cli_data", "cli_bench", "ablate", "multitask_train"),
+LEVELS = [("cli", "demo"), ("cli_predict", "cli_memory", "cli_data", "cli_bench", "cli_tune", "ablate", "multitask_train"),
           ("cli_train", "ablate_grid", "ablate_figures"), ("cli_tables", "cli_predictions"),
           ("cli_args", "progress", "info"), ("trainer", "lora", "multitask"),
-          ("trainer_graphs",), ("trainer_memory", "graphed", "throughput"), ("memory",),
+          ("trainer_graphs", "tune"), ("tune_cases", "timing"), ("trainer_memory", "graphed", "throughput"), ("memory",),
           ("model", "adapter_import", "tasks"), ("adapter", "methods", "outputs"),
           ("prompt", "heads", "masked_lm", "cloze", "optim", "hf_config", "presets"),
           ("encoder", "batches", "graph_inputs"), ("packing",),
-          ("ops", "testing"), ("_native", "kernels"), ("build_info", "errors")]
+          ("ops", "testing", "compiled"), ("_native", "kernels"), ("build_info", "errors")]
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 
 

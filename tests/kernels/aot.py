@@ -1,16 +1,15 @@
 """Compile, without a GPU, exactly what the launchers would launch; print registers, spills and shared memory as JSON lines.
 
 Run in a process of its own without TRITON_INTERPRET: `python aot.py` for the cases and architectures of the test, `python aot.py
-80,90,100 "D64"` for some cases on any. The launchers are called on small CPU tensors
-with the launch replaced by a recorder, so tiles, argument types and divisibility are those of a real call.
+80,90,100 "D64"` for some cases on any, `--markdown docs/compiled.md` for the committed table. The launchers are called on small
+CPU tensors with the launch replaced by a recorder (ptv2_engine/compiled.py).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import triton
+from compiled_table import markdown
 from ptv2_engine.kernels import (
     add_norm,
     dequantise,
@@ -28,12 +28,9 @@ from ptv2_engine.kernels import (
     prefix_attention,
     rotary,
 )
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction, create_function_from_signature
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+from ptv2_engine.compiled import compile_launch, recorded
+
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -110,17 +107,18 @@ CASES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "S128 P16 D64 fp16, no dqkv": (lambda: attention(128, 16, 64, fp16, need_tokens=False, prompts=torch.int32), (90,)),
     "S512 P128 D64 bf16 dropout": (lambda: attention(512, 128, 64, bf16, 0.1), (80, 90, 100)),
     "S4096 P128 D64 bf16": (lambda: attention(4096, 128, 64, bf16), (90,)),
-    "S64 P20 D128 bf16 dropout": (lambda: attention(64, 20, 128, bf16, 0.1), (90,)),
-    "S512 P128 D80 bf16 dropout": (lambda: attention(512, 128, 80, bf16, 0.1), (80, 90)),
+    "S64 P20 D128 bf16 dropout": (lambda: attention(64, 20, 128, bf16, 0.1), (80, 90)),
+    "S512 P128 D80 bf16 dropout": (lambda: attention(512, 128, 80, bf16, 0.1), (80, 90, 100)),
     "S512 P128 D128 bf16": (lambda: attention(512, 128, 128, bf16), (90,)),
     "S128 P16 D64 fp32": (lambda: attention(128, 16, 64, fp32), (90,)),
-    "S128 P128 D128 fp32 dropout": (lambda: attention(128, 128, 128, fp32, 0.1), (90,)),
+    "S128 P128 D128 fp32 dropout": (lambda: attention(128, 128, 128, fp32, 0.1), (90, 100)),
     "H1024 bf16 dropout": (lambda: row_ops(1024, bf16, 0.1), (90,)),
     "H768 fp32": (lambda: row_ops(768, fp32, 0.0), (90,)),
     "H4096 bf16 dropout": (lambda: row_ops(4096, bf16, 0.1), (90,)),
     "S128 P16 D64 bf16 dropout, ranges": (lambda: attention(128, 16, 64, bf16, 0.1, ranged=True), (80, 90)),
     "S1024 P16 D64 bf16, ranges": (lambda: attention(1024, 16, 64, bf16, ranged=True), (90, 100)),
-    "S512 P160 D64 bf16, ranges": (lambda: attention(512, 160, 64, bf16, ranged=True), (90,)),
+    "S512 P160 D64 bf16, ranges": (lambda: attention(512, 160, 64, bf16, ranged=True), (90, 100)),
+    "S128 P20 D80 bf16 dropout, ranges": (lambda: attention(128, 20, 80, bf16, 0.1, ranged=True), (100,)),
     "DeBERTa S128 P20 D64 bf16": (lambda: disentangled(128, 20, 64, bf16), (80, 90, 100)),
     "DeBERTa S512 P20 D64 bf16 dropout": (lambda: disentangled(512, 20, 64, bf16, 0.1), (80, 90)),
     "DeBERTa S512 P100 D64 bf16, c2p": (lambda: disentangled(512, 100, 64, bf16, terms="c2p"), (90,)),
@@ -138,56 +136,33 @@ CASES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
 }
 
 
-def recorded(case: Callable[[], None]) -> list[tuple[JITFunction, tuple, dict[str, Any]]]:
-    """The launches of a case; nothing runs."""
-    launches: list[tuple[JITFunction, tuple, dict[str, Any]]] = []
-    original = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))
-    try:
-        case()
-    finally:
-        JITFunction.run = original
-    return launches
-
-
-def compile_launch(fn: JITFunction, args: tuple, kwargs: dict[str, Any], sm: int) -> dict[str, Any]:
-    """Registers, stack, local and shared memory and the matrix instruction of one launch on one architecture."""
-    target = GPUTarget("cuda", sm, 32)
-    backend = CUDABackend(target)
-    binder = create_function_from_signature(fn.signature, fn.params, backend)
-    kwargs = kwargs | {"debug": False}
-    bound, specialization, options = binder(*args, **kwargs)
-    options, signature, constants, attributes = fn._pack_args(backend, kwargs, bound, specialization, options)
-    compiled = triton.compile(ASTSource(fn, signature, constants, attributes), target=target, options=options.__dict__)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        dump = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    usage = dict(field.split(":") for field in dump.rsplit("Function",
-                                                           1)[1].split() if field.count(":") == 1 and field[-1].isdigit())
-    ptx = compiled.asm["ptx"]
-    matrix = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "")
-    tiles = [str(bound[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_P") if name in bound]
-    return {"kernel": fn.__name__, "tiles": "x".join(tiles), "warps": compiled.metadata.num_warps, "sm": sm,
-            "registers": int(usage["REG"]),
-            "stack": int(usage["STACK"]), "local": int(usage["LOCAL"]), "shared": compiled.metadata.shared, "matrix": matrix}
-
-
 def compile_case(name: str, sm: int) -> list[dict[str, Any]]:
     """One row per distinct launch of a case."""
-    rows = [{"case": name} | compile_launch(*launch, sm) for launch in recorded(CASES[name][0])]
+    rows = [{"case": name} | compile_launch(launch, sm) for launch in recorded(CASES[name][0])]
     return [row for i, row in enumerate(rows) if row not in rows[:i]]
 
 
-def main(arguments: list[str]) -> Iterator[dict[str, Any]]:
-    names = [name for name in CASES if len(arguments) < 2 or arguments[1] in name]
-    chosen = [int(sm) for sm in arguments[0].split(",")] if arguments else None
-    jobs = [(name, sm) for name in names for sm in chosen or CASES[name][1]]
+def rows_of(archs: list[int] | None, word: str) -> Iterator[dict[str, Any]]:
+    """The rows of all cases whose name has the word, on these architectures or on those that each case names."""
+    jobs = [(name, sm) for name in CASES if word in name for sm in archs or CASES[name][1]]
     with ProcessPoolExecutor(2) as pool:
         for rows in pool.map(compile_case, *zip(*jobs, strict=True)):
             yield from rows
 
 
-if __name__ == "__main__":
-    for row in main(sys.argv[1:]):
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archs", nargs="?", help="e.g. 80,90,100; default: those of each case")
+    parser.add_argument("word", nargs="?", default="", help="only cases whose name has it")
+    parser.add_argument("--markdown", type=Path, help="write the table there too")
+    args = parser.parse_args()
+    rows = []
+    for row in rows_of([int(sm) for sm in args.archs.split(",")] if args.archs else None, args.word):
+        rows.append(row)
         print(json.dumps(row), flush=True)
+    if args.markdown:
+        args.markdown.write_text(markdown(rows, triton.__version__, " ".join(["python tests/kernels/aot.py", *sys.argv[1:]])))
+
+
+if __name__ == "__main__":
+    main()
