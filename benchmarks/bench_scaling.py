@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.measure import side_by_side
 from benchmarks.models import batch_of, config_of, our_model, our_replayed_step, our_step
+from ptv2_engine.timing import side_by_side
 
 # device -> model, tokens a sequence, and the points of each axis; the middle one is the rest's setting
 AXES: dict[str, dict[str, Any]] = {

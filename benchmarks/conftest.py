@@ -1,6 +1,6 @@
 """The benchmarks' options, and `compare`, which measures a case, prints its line and keeps its row for the JSON.
 
-pytest-benchmark runs the cases and shows our side; ratios come from measure.side_by_side, which takes turns.
+pytest-benchmark runs the cases and shows our side; ratios come from timing.side_by_side, which takes turns.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from benchmarks.attention_peers import forget_compiled
-from benchmarks.measure import Functions, cpu_name, limits, side_by_side, summary
+from benchmarks.measure import cpu_name, limits
 from ptv2_engine import __version__
+from ptv2_engine.timing import Functions, side_by_side, summary
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _rows: list[dict[str, Any]] = []

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import attempt, input_sets, stream_for
+from benchmarks.measure import attempt
+from ptv2_engine.timing import input_sets, stream_for
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}     # of the largest magnitude
 ROUNDS = {"cpu": 6, "cuda": 40}

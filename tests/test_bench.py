@@ -18,7 +18,7 @@ from benchmarks.attention_peers import Attention, flex_packed, ours, sdpa_padded
 from benchmarks.bench_disentangled_attention import Case, fused, stock
 from benchmarks.contest import InputSet, check, contest
 from benchmarks.flex_encoder import FlexEncoder
-from ptv2_engine import cli, cli_bench
+from ptv2_engine import cli, cli_bench, timing
 from ptv2_engine.testing import tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -125,13 +125,13 @@ def test_the_flex_encoder_computes_our_loss(family, monkeypatch):
 
 def test_turns_are_taken_call_by_call_and_input_sets_go_round():
     order = []
-    times, eager = measure.side_by_side({"a": [lambda: order.append("a0"), lambda: order.append("a1")],
+    times, eager = timing.side_by_side({"a": [lambda: order.append("a0"), lambda: order.append("a1")],
                                          "b": lambda: order.append("b")}, "cpu", rounds=2, warmup=0)
     assert order[:3] == ["a0", "a1", "b"]                    # each once before any timing; then A/A's own first calls
     assert order[5:] == ["a0", "b", "a0", "a1", "b", "a1"] and not eager
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "A/A": 2}
-    assert measure.input_sets(1 << 20, "cpu") * (1 << 20) >= min(2 * measure.cache_bytes("cpu"), 16 << 20)
-    assert measure.input_sets(1 << 40, "cpu") == 2
+    assert timing.input_sets(1 << 20, "cpu") * (1 << 20) >= min(2 * timing.cache_bytes("cpu"), 16 << 20)
+    assert timing.input_sets(1 << 40, "cpu") == 2
 
 
 def test_a_peer_that_fails_is_a_reason():
