@@ -13,6 +13,8 @@ Other rows: prefix_attention_long.py; the sum of the partials: prefix_grad.py. N
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -34,7 +36,7 @@ from ptv2_engine.kernels.attention_tile import (
     zero_rows,
 )
 from ptv2_engine.kernels.philox import PREFIX_K, PREFIX_PROB, PREFIX_V, TOKEN_PROB, threshold_arg
-from ptv2_engine.kernels.tuning import choose, power_of_two
+from ptv2_engine.kernels.tuning import choose, power_of_two, ranged_registers
 from torch import Tensor
 
 
@@ -208,12 +210,14 @@ def prefix_attention_fwd(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prefix_k_K
     if T > 0:
         run, fixed = plain_arguments(q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND, cu_seqlens, prompt_ids, prompt_lengths,
                                      scale, dropout_p, prefix_dropout_p, seed, site)
-        tiles = choose(max_seqlen, run["P"], D, q_TND.element_size()).forward
+        dropout = fixed["DROPOUT"] or fixed["PREFIX_DROPOUT"]
+        tiles = choose(max_seqlen, run["P"], D, q_TND.element_size(), dropout=dropout).forward
+        if key_range_T2 is not None:
+            tiles = replace(tiles, registers=ranged_registers(D, dropout))
         grid = (max(1, triton.cdiv(max_seqlen, tiles.block_m)), N, run["B"] + 1)
         forward_kernel[grid](q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND, out_TND, lse_NT, context_B, key_range_T2, **run,
                              **fixed,
-                             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_P=tiles.block_p, num_warps=tiles.warps,
-                             num_stages=tiles.stages)
+                             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_P=tiles.block_p, **tiles.launch)
     return out_TND, lse_NT
 
 
@@ -249,7 +253,7 @@ def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: 
         sweep_kernel[(N, B + 1)](*inputs, lse_NT, dqkv, delta_NT, partial, **run, **fixed, BLOCK_M=tiles.block_m,
                                  BLOCK_N=tiles.block_n,
                                  BLOCK_P=tiles.block_p, NEED_TOKENS=need_tokens, FUSE_PREFIX=fuse,
-                                 STORE_DELTA=delta_NT is not None, num_warps=tiles.warps, num_stages=tiles.stages)
+                                 STORE_DELTA=delta_NT is not None, **tiles.launch)
         if fuse:
             prefix_grad.reduce(partial, dprefix, prompt_ids, prompt_lengths, by_sequence=True)
             return dqkv, *dprefix

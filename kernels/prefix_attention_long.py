@@ -164,11 +164,11 @@ def tokens_bwd(inputs: tuple, out_TND: Tensor | None, lse_NT: Tensor, dqkv_T3ND:
     delta_NT = torch.empty_like(lse_NT)
     dq_kernel[(triton.cdiv(max_seqlen, plan.dq.block_m), N, B + 1)](
         *inputs, out_TND, lse_NT, dqkv_T3ND, delta_NT, *ranges, **run, **fixed, BLOCK_M=plan.dq.block_m, BLOCK_N=plan.dq.block_n,
-        BLOCK_P=plan.dq.block_p, NEED_TOKENS=need_tokens, num_warps=plan.dq.warps, num_stages=plan.dq.stages)
+        BLOCK_P=plan.dq.block_p, NEED_TOKENS=need_tokens, **plan.dq.launch)
     if need_tokens:
         names = ("cu_seqlens", "seed", "q_row", "k_row", "v_row", "T", "B", "N", "scale", "threshold", "keep_scale", "site")
         dkdv_kernel[(triton.cdiv(max_seqlen, plan.dkdv.block_n), N, B + 1)](
             *inputs[:4], lse_NT, delta_NT, dqkv_T3ND, *ranges, **{name: run[name] for name in names},
             **{name: fixed[name] for name in ("D", "BLOCK_D", "DROPOUT", "PRECISION")}, BLOCK_M=plan.dkdv.block_m,
-            BLOCK_N=plan.dkdv.block_n, num_warps=plan.dkdv.warps, num_stages=plan.dkdv.stages)
+            BLOCK_N=plan.dkdv.block_n, **plan.dkdv.launch)
     return delta_NT

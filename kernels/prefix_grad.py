@@ -187,6 +187,5 @@ def prefix_bwd(inputs: tuple, lse_NT: Tensor, delta_NT: Tensor, dprefix: tuple[T
     prefix_grad_kernel[(groups * query_groups, N, blocks)](
         dout_TND, q_TND, prefix_k, prefix_v, lse_NT, delta_NT, partial, raw, masked, **arguments | {"prompt_ids": prompt_ids},
         K=K, groups=groups,
-        query_groups=query_groups, **fixed, BLOCK_M=tiles.block_m, BLOCK_P=tiles.block_p, num_warps=tiles.warps,
-        num_stages=tiles.stages)
+        query_groups=query_groups, **fixed, BLOCK_M=tiles.block_m, BLOCK_P=tiles.block_p, **tiles.launch)
     reduce(partial, dprefix, prompt_ids, run["prompt_lengths"], by_sequence=False)

@@ -34,7 +34,11 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Queries, token keys and prefix keys of a tile (block_p 0: no prefix), warps and pipeline stages."""
+    """Queries, token keys and prefix keys of a tile (block_p 0: no prefix), warps and pipeline stages.
+
+    registers: the most a thread may take. Without a limit ptxas aims at one more program a multiprocessor and spills a few bytes
+    for it on some architectures; a limit makes it use what it needs up to there.
+    """
 
     block_m: int
     block_n: int
@@ -42,6 +46,12 @@ class TileConfig:
     warps: int
     stages: int
     why: str
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int | None]:
+        """Triton's launch options."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -136,18 +146,20 @@ def _heuristic(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int
     if itemsize == 4:
         keys = 16 if wide else 32
         block = TileConfig(keys, keys, min(prefix, keys), 8, 1, f"fp32 multiplies without tensor cores: {keys} x {keys} tiles")
-        return AttentionPlan(block, None, block, block, block, False, block.why)
+        dkdv, gradient = (replace(block, registers=128), replace(block, registers=255)) if dropout else (block, block)
+        return AttentionPlan(block, None, block, dkdv, gradient, False, block.why)
     keys, stages = (32, 1) if wide else (64, 2)
     forward = TileConfig(64, min(tokens, keys), min(prefix, keys // 2 if wide else keys), 4, stages,
                          f"a warp keeps 16 whole rows, keys stream by {keys}")
-    dq = TileConfig(64, min(tokens, keys // 2), min(prefix, keys // 2), 4, stages,
+    dq = TileConfig(64, min(tokens, keys // 2), min(prefix, keys // 2), 8 if wide and dropout else 4, stages,
                     f"64 whole rows are held, keys stream by {keys // 2}")
     queries = 16 if wide else 32
     dkdv = TileConfig(queries, 64, prefix, 4, stages, f"a warp keeps 16 keys, queries stream by {queries}")
     # dropout masks take the registers that wider query tiles would
     few = 16 if dropout else queries
-    gradient = TileConfig(few, 0, prefix, max(1, prefix // 16) * (2 if dropout and wide else 1),
-                          1 if dropout or prefix == 16 else stages, f"{prefix} prefix keys are held, queries stream by {few}")
+    held = min(prefix, 32) if dropout and wide else prefix
+    gradient = TileConfig(few, 0, held, max(1, held // 16) * (2 if dropout and wide else 1),
+                          1 if dropout or held == 16 else stages, f"{held} prefix keys are held, queries stream by {few}")
     # the masks of 128 held keys do not fit the registers
     if wide or max_seqlen > (ONE_BLOCK_TOKENS // 2 if dropout else ONE_BLOCK_TOKENS) or prompt_length > ONE_SWEEP_PREFIX:
         return AttentionPlan(forward, None, dq, dkdv, gradient, False,
@@ -158,6 +170,11 @@ def _heuristic(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int
     where = "inside, one partial a sequence" if fuse else "apart: no registers, or partials outweigh reading q, dO again"
     return AttentionPlan(forward, sweep, dq, dkdv, gradient, fuse,
                          f"{max_seqlen} + {prompt_length} keys of {head_dim} fit one block: one sweep, prefix gradient {where}")
+
+
+def ranged_registers(head_dim: int, dropout: bool) -> int | None:
+    """TileConfig.registers of the forward kernel where queries do not see every token: without it sm_100 spills 8 or 16 bytes."""
+    return {(False, False): 168, (True, True): 255}.get((head_dim > 64, dropout))
 
 
 @dataclass(frozen=True)
