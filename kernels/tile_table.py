@@ -28,7 +28,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "forward": _ATTENTION, "sweep": (*_ATTENTION, "fused"), "dq": _ATTENTION, "dkdv": _ATTENTION, "prefix": _ATTENTION,
     "relative_forward": _ATTENTION, "relative_dq": _ATTENTION, "relative_dkdv": _ATTENTION, "rows": ("width",)}
 TILES: dict[str, tuple[str, ...]] = {
-    kernel: ("rows", "warps") if kernel == "rows" else ("block_m", "block_n", "block_p", "warps", "stages") for kernel in FIELDS}
+    kernel: ("rows", "warps") if kernel == "rows" else ("block_m", "block_n", "block_p", "warps", "stages", "registers")
+    for kernel in FIELDS}
 
 Class = tuple[str, tuple[int, ...]]                # kernel, the values of its FIELDS
 Tiles = dict[str, Any]                             # the values of its TILES, and why
@@ -53,17 +54,25 @@ def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
-def problem(kernel: str, shape: Mapping[str, int], tiles: Mapping[str, int]) -> str | None:
+def sides(kernel: str) -> tuple[str, ...]:
+    """Of a tile's three, those that the kernel has."""
+    if kernel == "rows":
+        return ()
+    return tuple(side for side, other in (("block_m", ""), ("block_n", "prefix"), ("block_p", "dkdv"))
+                 if kernel.removeprefix("relative_") != other)
+
+
+def problem(kernel: str, shape: Mapping[str, int], tiles: Mapping[str, Any]) -> str | None:
     """Why these tiles cannot be the kernel's for this class, or None."""
-    if set(tiles) != set(TILES[kernel]) or not all(type(n) is int for n in tiles.values()):
+    numbers = {name: n for name, n in tiles.items() if name != "registers" or n is not None}          # None: no limit
+    if set(tiles) != set(TILES[kernel]) or not all(type(n) is int for n in numbers.values()):
         return f"tiles must be whole numbers called {', '.join(TILES[kernel])}"
-    sizes = [n for name, n in tiles.items() if name != "stages" and (n or not name.startswith("block"))]
-    if any(n < 1 or n & (n - 1) for n in sizes) or tiles.get("stages", 1) < 1:
+    sizes = [n for name, n in tiles.items() if name not in ("stages", "registers") and (n or not name.startswith("block"))]
+    if any(n < 1 or n & (n - 1) for n in sizes) or tiles.get("stages", 1) < 1 or not 0 < numbers.get("registers", 1) < 256:
         return "sizes must be powers of two"
     if kernel == "rows":
         return None
-    holds_prefix = "dkdv" not in kernel and shape["prompt"] > 0
-    used = ["block_m"] + ["block_n"] * (kernel != "prefix") + ["block_p"] * (kernel == "prefix" or holds_prefix)
+    used = [side for side in sides(kernel) if side != "block_p" or shape["prompt"] or kernel == "prefix"]
     if any(tiles[side] < 16 for side in used):
         return f"{', '.join(used)} must be 16 or more"
     if tiles["block_p"] and not shape["prompt"] and kernel not in ("prefix", "dkdv"):

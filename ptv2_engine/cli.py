@@ -1,4 +1,4 @@
-"""The `ptv2` command: train, evaluate, predict, ablate, data, presets, memory, bench, info. Parses arguments and prints."""
+"""The `ptv2` command: train, evaluate, predict, ablate, data, presets, memory, bench, tune, info. Parses arguments and prints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train, "evaluate": _evaluate, "predict": _predict, "ablate": _ablate, "data": _data, "presets": _presets,
-        "memory": _memory, "bench": _bench, "info": _info}
+        "memory": _memory, "bench": _bench, "tune": _tune, "info": _info}
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: ptv2 {{{','.join(commands)}}} ...\n\n"
               "  train     train a prompt on a frozen backbone (ptv2 train --help: all flags)\n"
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               "  presets   the published settings that train --preset takes\n"
               "  memory    peak memory of a training step, before it is run\n"
               "  bench     measure kernels and training steps beside their peers (from a checkout)\n"
+              "  tune      find tiles of the GPU kernels that are faster here than the built-in choice\n"
               "  info      versions, devices, and which backend runs for each op and why; info MODEL: its sizes")
         return 0
     if argv[0] == "--version":
@@ -106,6 +107,12 @@ def _predict(argv: list[str]) -> None:
 
 def _bench(argv: list[str]) -> None:
     from ptv2_engine.cli_bench import run
+
+    run(argv)
+
+
+def _tune(argv: list[str]) -> None:
+    from ptv2_engine.cli_tune import run
 
     run(argv)
 

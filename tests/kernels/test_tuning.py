@@ -41,7 +41,7 @@ def test_the_prefix_gradient_is_cut_evenly(sequences, tiles, programs):
 
 DEVICE, RUNNING = "NVIDIA H100 80GB HBM3", "3.6.0"
 SHAPE = {"itemsize": 2, "head_dim": 64, "tokens": 128, "prompt": 16, "dropout": True}
-TILES = {"block_m": 128, "block_n": 64, "block_p": 16, "warps": 8, "stages": 3}
+TILES = {"block_m": 128, "block_n": 64, "block_p": 16, "warps": 8, "stages": 3, "registers": None}
 
 
 @pytest.fixture
