@@ -30,7 +30,7 @@ test: venv                  ## all tests; fails when a backend that this machine
 bench: venv                 ## the benchmarks, peers interleaved call by call; JSON into $(RESULTS). The same as: ptv2 bench
 	$(BIN)/ptv2 bench --results $(RESULTS)
 
-# One call of at most eight minutes on a machine with a GPU and its own CUDA torch: build, tests, sanitizer, benchmarks, 10B profile.
+# One call of at most eight minutes on a machine with a GPU and its own CUDA torch: build, tests, sanitizer, benchmarks, 10B profile, tiles.
 gpu-check:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py --results $(RESULTS)
 

@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one call of minutes: python benchmarks/gpu_check.py --results FOLDER [--only STAGE ...]
 
 Builds csrc, runs the GPU tests (in shards: compiling kernels takes the CPUs), compute-sanitizer over a few small ones, the short
-grid of the benchmarks and the memory profile, and writes gpu-check.json and the report with its roofline into FOLDER. A stage
-that fails or outlives its limit does not stop the next (a benchmark run that is ended keeps its rows); the exit code says whether
-all passed.
+grid of the benchmarks, the memory profile and a tuning of two kernels, whose table in FOLDER/tuned a person may commit to
+kernels/tuned, and writes gpu-check.json and the report with its roofline into FOLDER. A stage that fails or outlives its limit
+does not stop the next (a benchmark or tuning run that is ended keeps its rows); the exit code says whether all passed.
 """
 
 from __future__ import annotations
@@ -85,13 +85,16 @@ def stages(results: Path) -> dict[str, tuple[Any, float]]:
     kernels = [*bench, *(f"benchmarks/bench_{name}.py" for name in BENCHES)]
     profile = [sys.executable, "benchmarks/memory_profile.py", "--results", str(results), "measure", "--memory", "exact",
                "minimal", "--rounds", "2"]
+    tune = [sys.executable, "-m", "ptv2_engine.cli", "tune", "--kernels", "forward", "dkdv", "--shapes",
+            "S128-P16-D64-bf16-dropout", "--output", str(results / "tuned")]
     return {
         "build": (lambda log, limit: run([sys.executable, "setup.py", "build_ext", "--inplace"], log, limit), 60),
-        "tests": (sharded, 110),
+        "tests": (sharded, 100),
         "sanitizer": (sanitizers, 60),
-        "train_step": (lambda log, limit: run([*bench, "-k", "not compiled", "benchmarks/bench_train_step.py"], log, limit), 110),
-        "kernels": (lambda log, limit: run(kernels, log, limit), 100),
-        "memory": (lambda log, limit: run(profile, log, limit), 40),
+        "train_step": (lambda log, limit: run([*bench, "-k", "not compiled", "benchmarks/bench_train_step.py"], log, limit), 100),
+        "kernels": (lambda log, limit: run(kernels, log, limit), 90),
+        "memory": (lambda log, limit: run(profile, log, limit), 35),
+        "tune": (lambda log, limit: run(tune, log, limit), 35),
     }
 
 

@@ -64,11 +64,8 @@ def run(argv: list[str]) -> None:
         device = args.device_name or torch.cuda.get_device_name()
         path = args.output / tile_table.file_name(device)
         for shape, group in found.items():
-            if not group:
-                continue
-            rows = tune.tuned(shape, group, args.changes, compiler)
-            tune.write(path, device, " ".join(["ptv2 tune", *argv]), rows)       # what is interrupted keeps what it has
-            for row in rows:
+            for row in tune.tuned(shape, group, args.changes, compiler) if group else ():
+                tune.write(path, device, " ".join(["ptv2 tune", *argv]), [row])      # what is interrupted keeps what it has
                 print(tune.sentence(row), flush=True)
     print(f"written: {path}")
 

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,16 +134,16 @@ def on_gpu(functions: Functions) -> Mapping[str, Sequence[float]]:
 
 
 def tuned(shape: Shape, targets: Sequence[Target], changes: int, compiler: Compiler, device: str = "cuda",
-          timer: Timer = on_gpu) -> list[Row]:
-    """Compile and measure the candidates of a shape's kernels."""
+          timer: Timer = on_gpu) -> Iterator[Row]:
+    """Compile and measure the candidates of a shape's kernels, one row after the other."""
     survivors = [by_promise(target, compiler(target, candidates(target, changes)), compiler.sm) for target in targets]
     width = shape.H or tune_cases.HIDDEN
     sets = input_sets(4 * tune_cases.TOKENS * width * tune_cases.DTYPES[shape.dtype].itemsize, device)
     with forced({}):
         inputs = [tune_cases.calls(shape, device, seed) for seed in range(sets)]
-    return [fastest(target, [candidate.config for candidate in found], functools.partial(prepared, target, inputs), timer,
-                    functools.partial(problem_elsewhere, target, compiler.sm))
-            for target, found in zip(targets, survivors, strict=True)]
+    for target, found in zip(targets, survivors, strict=True):
+        yield fastest(target, [candidate.config for candidate in found], functools.partial(prepared, target, inputs), timer,
+                      functools.partial(problem_elsewhere, target, compiler.sm))
 
 
 def commit() -> str | None:

@@ -216,7 +216,7 @@ if __name__ == "__main__":
 
     found = targets(shape, ["forward"])
     with Compiler(90, 1) as compiler:
-        rows = tune.tuned(shape, found, 1, compiler, "cpu", timer)
+        rows = list(tune.tuned(shape, found, 1, compiler, "cpu", timer))
     path = Path(sys.argv[1]) / "table.json"
     tune.write(path, "a GPU", "ptv2 tune", rows)
     (place, tiles), = tile_table.read(path, "a GPU", tile_table.triton_version()).items()
