@@ -113,7 +113,7 @@ def show(target: Target, compiler: Compiler, changes: int) -> None:
         tiles = label(target.kernel, candidate.config)
         return f"{tiles:36} {candidate.registers:>9} {candidate.shared:>7} {warps:>8} by {limit:13} {read:>9} {turns:>5}"
 
-    mine, *others = compiler(target, [target.heuristic, *candidates(target, changes)])
+    mine, *others = compiler.candidates(target, [target.heuristic, *candidates(target, changes)])
     print(f"\n{target.kernel}, {target.shape}\n  {'':2} {'tiles':36} registers  shared    warps resident   bytes read turns")
     print(f"   = {line(mine)}  (the heuristic's{': ' + mine.dropped if mine.dropped else ''})")
     for i, candidate in enumerate(by_promise(target, others, compiler.sm), 1):

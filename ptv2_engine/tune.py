@@ -24,7 +24,7 @@ from ptv2_engine.compiled import Launch, recorded
 from ptv2_engine.kernels import tile_table
 from ptv2_engine.kernels.tuning import forced
 from ptv2_engine.timing import Function, Functions, input_sets, side_by_side, summary
-from ptv2_engine.tune_candidates import Compiler, Config, Target, by_promise, candidates, label, problem_elsewhere
+from ptv2_engine.tune_candidates import Compiler, Config, Target, by_promise, candidates, label
 from ptv2_engine.tune_cases import LAUNCHES, Call, Shape
 
 Timer = Callable[[Functions], Mapping[str, Sequence[float]]]
@@ -94,7 +94,7 @@ def fastest(target: Target, configs: Sequence[Config], prepare: Callable[[Config
     """The tiles that beat the heuristic's twice: among all that agree with it, and once more alone against it.
 
     prepare: `prepared` for some tiles. timer: seconds of functions that take turns, the first one's again as "A/A". elsewhere:
-    `problem_elsewhere`.
+    `Compiler.elsewhere`.
     """
     functions, truth = prepare(target.heuristic)
     contest: dict[str, list[Function]] = {"heuristic": functions}
@@ -136,14 +136,14 @@ def on_gpu(functions: Functions) -> Mapping[str, Sequence[float]]:
 def tuned(shape: Shape, targets: Sequence[Target], changes: int, compiler: Compiler, device: str = "cuda",
           timer: Timer = on_gpu) -> Iterator[Row]:
     """Compile and measure the candidates of a shape's kernels, one row after the other."""
-    survivors = [by_promise(target, compiler(target, candidates(target, changes)), compiler.sm) for target in targets]
+    survivors = [by_promise(target, compiler.candidates(target, candidates(target, changes)), compiler.sm) for target in targets]
     width = shape.H or tune_cases.HIDDEN
     sets = input_sets(4 * tune_cases.TOKENS * width * tune_cases.DTYPES[shape.dtype].itemsize, device)
     with forced({}):
         inputs = [tune_cases.calls(shape, device, seed) for seed in range(sets)]
     for target, found in zip(targets, survivors, strict=True):
         yield fastest(target, [candidate.config for candidate in found], functools.partial(prepared, target, inputs), timer,
-                      functools.partial(problem_elsewhere, target, compiler.sm))
+                      functools.partial(compiler.elsewhere, target))
 
 
 def commit() -> str | None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import signal
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -126,17 +128,12 @@ def _limits(target: Target) -> dict[str, tuple[int, int]]:
     return {"block_m": (16, tokens), "block_n": (16, tokens), "block_p": (16, min(128, max(16, shape["prompt"])))}
 
 
-def compile_candidate(target: Target, config: Config, sm: int) -> Candidate:
-    """The most that a launch of the kernel takes with these tiles."""
+def compile_candidate(target: Target, sm: int, config: Config, variant: int | None = None) -> Candidate:
+    """The most that a launch of the kernel takes with these tiles, in the shape's own calls or in one of its variants."""
     with forced({target.place: config}):
-        return _compiled(target, config, tune_cases.calls(target.shape, "meta"), sm)
-
-
-def problem_elsewhere(target: Target, sm: int, config: Config) -> str | None:
-    """Why tiles that are good for the shape cannot be launched in the class's other calls (ranges, several prompts, ...)."""
-    with forced({target.place: config}):
-        found = (_compiled(target, config, calls, sm).dropped for calls in tune_cases.variants(target.shape))
-        return next((reason for reason in found if reason), None)
+        calls = (tune_cases.calls(target.shape, "meta") if variant is None else
+                 next(itertools.islice(tune_cases.variants(target.shape), variant, None)))
+        return _compiled(target, config, calls, sm)
 
 
 def _compiled(target: Target, config: Config, calls: Mapping[str, Call], sm: int) -> Candidate:
@@ -167,17 +164,11 @@ def dropped_for(used: Mapping[str, Any], sm: int) -> str | None:
 
 
 class Compiler:
-    """Compiles candidates in processes of its own, so that a compiler that dies takes along no more than its candidate."""
+    """Compiles in processes of its own, so that a compiler that dies takes along no more than what it was given."""
 
     def __init__(self, sm: int, processes: int) -> None:
         self.sm, self.processes = sm, processes
-        self.pool = self._pool(processes)
-
-    @staticmethod
-    def _pool(processes: int) -> ProcessPoolExecutor:
-        # spawned: a fork of a process that uses CUDA cannot. Ctrl-C is for the process that writes the table.
-        return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), signal.signal,
-                                   (signal.SIGINT, signal.SIG_IGN))
+        self.pool = _pool(processes)
 
     def __enter__(self) -> Compiler:
         return self
@@ -185,21 +176,46 @@ class Compiler:
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def __call__(self, target: Target, configs: Sequence[Config]) -> list[Candidate]:
+    def candidates(self, target: Target, configs: Sequence[Config]) -> list[Candidate]:
         """The candidates, in the order of the configs."""
-        futures = [self.pool.submit(compile_candidate, target, config, self.sm) for config in configs]
-        found = []
-        for config, future in zip(configs, futures, strict=True):
+        found = self.each(compile_candidate, [(target, self.sm, config) for config in configs])
+        return [result or Candidate(config, dropped="the compiler crashes")
+                for config, result in zip(configs, found, strict=True)]
+
+    def elsewhere(self, target: Target, config: Config) -> str | None:
+        """Why tiles that are good for the shape cannot be launched in the class's other calls (ranges, several prompts, ...)."""
+        calls = range(sum(1 for _ in tune_cases.variants(target.shape)))
+        found = self.each(compile_candidate, [(target, self.sm, config, call) for call in calls])
+        return next((result.dropped if result else "the compiler crashes" for result in found if not result or result.dropped),
+                    None)
+
+    def each(self, function: Callable[..., Any], jobs: Sequence[tuple]) -> list[Any]:
+        """The function's results; None where a process died of it."""
+        futures, found, broken = [self.pool.submit(function, *job) for job in jobs], [], False
+        for job, future in zip(jobs, futures, strict=True):
             try:
                 found.append(future.result())
             except BrokenProcessPool:                        # by one of those that were in it: each again by itself
-                self.pool = self._pool(self.processes)
-                with self._pool(1) as alone:
+                broken = True
+                with _pool(1) as alone:
                     try:
-                        found.append(alone.submit(compile_candidate, target, config, self.sm).result())
+                        found.append(alone.submit(function, *job).result())
                     except BrokenProcessPool:
-                        found.append(Candidate(config, dropped="the compiler crashes"))
+                        found.append(None)
+        if broken:
+            self.pool = _pool(self.processes)
         return found
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    # spawned: a fork of a process that uses CUDA cannot use it
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start)
+
+
+def _start() -> None:
+    """Ctrl-C is for the process that writes the table, and what a compiler dumps when it fails is for nobody."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def resident_warps(candidate: Candidate, sm: int) -> tuple[int, str]:

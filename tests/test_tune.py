@@ -16,7 +16,7 @@ from ptv2_engine.kernels import tile_table
 from ptv2_engine.kernels.tuning import TileConfig, choose, choose_rows
 
 from ptv2_engine import cli, tune, tune_cases
-from ptv2_engine.tune_candidates import Candidate, Target, by_promise, candidates, dropped_for, label, resident_warps
+from ptv2_engine.tune_candidates import Candidate, Compiler, Target, by_promise, candidates, dropped_for, label, resident_warps
 
 ROOT = Path(__file__).parent.parent
 SHAPE = tune_cases.named("S128-P16-D64-bf16-dropout")
@@ -64,6 +64,11 @@ def test_what_does_not_fit_is_left_out_with_the_reason():
     assert "233000 bytes of shared memory" in dropped_for(good | {"shared": 233000}, 90)
     assert dropped_for(good | {"shared": 120000}, 90) is None and dropped_for(good | {"shared": 120000}, 89)
     assert "registers for 512 threads" in dropped_for(good | {"registers": 255, "warps": 16}, 90)
+
+
+def test_a_compiler_that_dies_takes_nothing_else_along():
+    with Compiler(90, 2) as compiler:
+        assert compiler.each(eval, [("__import__('os').abort()",), ("2",)]) == [None, 2]
 
 
 def test_the_most_promising_come_first():
