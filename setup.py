@@ -1,11 +1,13 @@
-"""Build only (metadata and the package list are in pyproject.toml): compiles csrc/cpu when it can.
+"""Build only (metadata and the package list are in pyproject.toml): compiles csrc/cpu and csrc/cuda when it can.
 
     pip install -e . --no-build-isolation        developers: the torch to compile against must be visible
     PTV2_BUILD_NATIVE=0|1                        0 skips the compile, 1 makes a failure an error instead of a notice
     PTV2_CPU_ARCHS=all|avx512,avx2,default       instruction sets to build; without it this CPU's best and the baseline
+    PTV2_BUILD_CUDA=0|1                          the same as PTV2_BUILD_NATIVE for the CUDA kernels, which need nvcc alone
 
 Each instruction set is its own library, ptv2_engine/_C_<arch>.so, linked from kernels compiled with that set's flags and from
 the objects that see PyTorch, which are compiled once. The libraries need no Python header: they register operators only.
+The CUDA kernels are one library behind a C interface, ptv2_engine/_cuda_kernels.so, which knows nothing of PyTorch.
 Without PyTorch or a compiler the package installs in pure Python and `ptv2 info` says why; ptv2_engine/_build_info.json keeps it.
 """
 
@@ -18,6 +20,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,10 @@ ARCH_FLAGS = {"avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", 
               "avx2": ["-mavx2", "-mfma"],
               "default": []}
 COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
+CUDA_SOURCES, CUDA_BUILD, CUDA_LIBRARY = ROOT / "csrc" / "cuda", ROOT / "build" / "cuda", PACKAGE / "_cuda_kernels.so"
+CUDA_ARCHS = ("80", "90a")
+CUDA_TARGETS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 
 
@@ -91,9 +98,9 @@ def compile_plan(compiler: str, torch: Any, archs: list[str], openmp: bool) -> t
     return compiles, links
 
 
-def run_plan(compiles: list, links: list) -> None:
+def run_plan(folder: Path, compiles: list, links: list) -> None:
     """Through ninja when there is one (parallel, only what changed), else one command after the other."""
-    BUILD.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     ninja = shutil.which("ninja")
     if ninja:
         lines = ["rule compile", "  command = $cmd -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc",
@@ -103,8 +110,8 @@ def run_plan(compiles: list, links: list) -> None:
         for objects, target, command in links:
             lines += [f"build {target}: link {' '.join(map(str, objects))}", f"  cmd = {' '.join(command[:-1])}",
                       f"  libs = {' '.join(command[-1])}"]
-        (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
-        commands = [[ninja, "-C", str(BUILD)]]
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        commands = [[ninja, "-C", str(folder)]]
     else:
         commands = [[*command, "-c", str(source), "-o", str(target)] for source, target, command in compiles]
         commands += [[*command[:-1], *map(str, objects), "-o", str(target), *command[-1]] for objects, target, command in links]
@@ -128,26 +135,51 @@ def build_native() -> dict[str, Any]:
         raise CannotBuild("torch was not visible at install (use pip install --no-build-isolation)") from None
     compiler, version = find_compiler()
     archs, openmp = wanted_archs(torch), "clang" not in version.lower()  # Clang's OpenMP runtime is not the one torch brings
-    run_plan(*compile_plan(compiler, torch, archs, openmp))
+    run_plan(BUILD, *compile_plan(compiler, torch, archs, openmp))
     return {"torch": torch.__version__, "compiler": version, "flags": [*COMMON_FLAGS, *KERNEL_FLAGS],
             "arch_flags": {arch: ARCH_FLAGS[arch] for arch in archs}, "archs": archs, "machine": platform.machine(),
             "threads": openmp, "reason": None}
 
 
+def build_cuda() -> dict[str, Any]:
+    """Compile csrc/cuda for all CUDA_ARCHS; what happened."""
+    if os.environ.get("PTV2_BUILD_CUDA") == "0":
+        raise CannotBuild("PTV2_BUILD_CUDA=0 was set at install")
+    home = os.environ.get("CUDA_HOME")
+    places = [Path(home, "bin", "nvcc")] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, (shutil.which(place) for place in places)), None)
+    if nvcc is None:
+        raise CannotBuild(f"no nvcc found at install (looked for {', '.join(map(str, places))})")
+    command = [nvcc, *CUDA_FLAGS, *CUDA_TARGETS, f"-I{ROOT / 'csrc' / 'include'}"]
+    compiles = [(source, CUDA_BUILD / f"{source.stem}.o", command) for source in sorted(CUDA_SOURCES.glob("*.cu"))]
+    # The runtime goes in statically: the library then loads beside any torch, whose runtime may be another version.
+    objects, link = [target for _, target, _ in compiles], [nvcc, "-shared", "-cudart=static", *CUDA_TARGETS, []]
+    run_plan(CUDA_BUILD, compiles, [(objects, CUDA_LIBRARY, link)])
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    return {"archs": [f"sm_{arch}" for arch in CUDA_ARCHS], "nvcc": version, "reason": None}
+
+
 @functools.cache
 def build_and_record() -> None:
     """Compile into the source tree: an editable install finds the libraries there, a wheel takes them as package data."""
-    for stale in PACKAGE.glob("_C_*.so"):
-        stale.unlink()
-    try:
-        info = build_native()
-        print(f"ptv2_engine: C++ kernels built for {', '.join(info['archs'])} with torch {info['torch']}, {info['compiler']}")
-    except CannotBuild as error:
-        if os.environ.get("PTV2_BUILD_NATIVE") == "1":
-            raise SystemExit(f"ptv2_engine: {error}") from error
-        info = {"archs": [], "reason": str(error)}
-        print(f"ptv2_engine: installing WITHOUT the C++ kernels: {error}", file=sys.stderr)
+    for stale in [*PACKAGE.glob("_C_*.so"), CUDA_LIBRARY]:
+        stale.unlink(missing_ok=True)
+    info = built("C++ kernels", "PTV2_BUILD_NATIVE", build_native)
+    info["cuda"] = built("CUDA kernels", "PTV2_BUILD_CUDA", build_cuda)
     (PACKAGE / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
+def built(what: str, variable: str, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The build's record; where it cannot be, why, as an error only if the variable asks for that."""
+    try:
+        info = build()
+        print(f"ptv2_engine: {what} built for {', '.join(info['archs'])}")
+        return info
+    except CannotBuild as error:
+        if os.environ.get(variable) == "1":
+            raise SystemExit(f"ptv2_engine: {error}") from error
+        print(f"ptv2_engine: installing WITHOUT the {what}: {error}", file=sys.stderr)
+        return {"archs": [], "reason": str(error)}
 
 
 class BuildPy(build_py):

@@ -15,7 +15,7 @@ def recorded() -> dict[str, Any]:
     """The contents of _build_info.json; without the file (setup.py never ran) a record that says so.
 
     Keys: archs (list of instruction sets that were built), reason (why none, or None), and after a build torch, compiler,
-    flags, arch_flags, machine, threads.
+    flags, arch_flags, machine, threads. cuda: the same of the CUDA kernels (archs, reason, nvcc).
     """
     try:
         return json.loads(_FILE.read_text())

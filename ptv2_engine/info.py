@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from ptv2_engine import __version__, build_info, ops
+from ptv2_engine import __version__, _cuda, build_info, ops
 from ptv2_engine.encoder.checkpoints import model_config
 from ptv2_engine.encoder.weights import empty_encoder
 from ptv2_engine.prompt import PromptBank, PromptConfig
@@ -32,6 +32,14 @@ def _native_line() -> str:
         return f"not in use: {report['why_not']}"
     return (f"{report['loaded']} in use; built: {', '.join(build['archs'])}, with torch {build.get('torch')}, "
             f"{build.get('compiler')}; this CPU: {report['cpu']}")
+
+
+def _cuda_line() -> str:
+    build = build_info.recorded().get("cuda", {})
+    if not build.get("archs"):
+        return f"not in use: {_cuda.unavailable()}"
+    state = "switched on by PTV2_CUDA=1" if _cuda.switched_on() else "switched off (PTV2_CUDA=1 tries them)"
+    return f"{state}; built for {', '.join(build['archs'])} with {build['nvcc']}; here: {_cuda.unavailable() or 'usable'}"
 
 
 def _op_line(op: str, device: str, dtype: torch.dtype) -> str:
@@ -77,7 +85,7 @@ def describe() -> str:
         lines.append(f"cuda:{i}: {p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}")
     if len(devices) == 1:
         lines.append("cuda: no device")
-    lines += [f"native kernels: {_native_line()}",
+    lines += [f"native kernels: {_native_line()}", f"CUDA kernels: {_cuda_line()}",
               f"packed frozen weights: {'oneDNN' if ops.can_pack() else 'not available in this torch'}", "ops:"]
     lines += [_op_line(op, device, dtype) for device in devices for op in ops.OPS for dtype in (torch.float32, torch.bfloat16)]
     return "\n".join(lines)

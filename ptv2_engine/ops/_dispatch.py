@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the first of native, triton, reference that takes the tensors, or the one asked for.
+"""Which implementation of an op runs: the first of native, cuda, triton, reference that takes the tensors, or the one asked for.
 
 A backend is never fallen back from in silence when it was asked for by name, and when none takes the inputs the error
 lists every backend's reasons. `ptv2 info` prints the same reasons.
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ptv2_engine.errors import BackendError
 
-BACKENDS = ("native", "triton", "reference")
+BACKENDS = ("native", "cuda", "triton", "reference")
+CUDA_OPS = ("prefix_attention",)         # those with CUDA C++ kernels
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ptv2_backend", default=None)
 _planned: contextvars.ContextVar[str | None] = contextvars.ContextVar("ptv2_planned_device", default=None)
 
@@ -29,7 +30,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside with one backend: "reference", "native" or "triton". Raises BackendError for other names.
+    """Run every op inside with one backend: "reference", "native", "cuda" or "triton". Raises BackendError for other names.
 
     An op whose tensors the backend cannot take then raises BackendError; nothing falls back.
     """
@@ -123,6 +124,24 @@ def native_reasons(device: torch.device, dtype: torch.dtype, **_: Any) -> list[s
     return reasons
 
 
+def cuda_reasons(device: torch.device, dtype: torch.dtype, op: str, **_: Any) -> list[str]:
+    """Why the CUDA C++ kernels do not take tensors of this device and dtype; empty when they do."""
+    from ptv2_engine import _cuda
+
+    if op not in CUDA_OPS:
+        return [f"no CUDA C++ kernel of {op}"]
+    if _planned.get() is not None or device_type(device) != "cuda":
+        return ["memory is planned with Triton's kernels" if _planned.get() else f"tensors are on {device_type(device)}"]
+    reasons = []
+    if _forced.get() != "cuda" and not _cuda.switched_on():
+        reasons.append("switched off: never run on a GPU (PTV2_CUDA=1 tries it)")
+    elif unavailable := _cuda.unavailable():
+        reasons.append(unavailable)
+    if dtype not in _cuda.DTYPES:
+        reasons.append(f"dtype {_name(dtype)} (has bfloat16, float16)")
+    return reasons
+
+
 def triton_reasons(device: torch.device, dtype: torch.dtype, **_: Any) -> list[str]:
     """Why the Triton kernels do not take tensors of this device and dtype; empty when they do."""
     reasons = []
@@ -137,7 +156,7 @@ def triton_reasons(device: torch.device, dtype: torch.dtype, **_: Any) -> list[s
     return reasons
 
 
-_REASONS: dict[str, Callable[..., list[str]]] = {"native": native_reasons, "triton": triton_reasons}
+_REASONS: dict[str, Callable[..., list[str]]] = {"native": native_reasons, "cuda": cuda_reasons, "triton": triton_reasons}
 
 
 @dataclass(frozen=True)
@@ -161,7 +180,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype,
     for backend in BACKENDS[:-1] if forced is None else (forced,):
         if backend == "reference":
             break
-        reasons[backend] = _REASONS[backend](device, dtype) + extra.get(backend, [])
+        reasons[backend] = _REASONS[backend](device, dtype, op=op) + extra.get(backend, [])
         # An interpreted Triton kernel is a way to test, never a way to run: it must be asked for.
         asked = forced == backend or device_type(device) == "cuda" or backend != "triton"
         if not reasons[backend] and asked:
@@ -174,7 +193,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype,
 
 
 def launcher(backend: str, device: torch.device, name: str) -> Callable[..., Any]:
-    """The callable behind `ptv2::name`: the registered op, or the plain Triton launcher under the interpreter (or a plan)."""
+    """The callable behind `ptv2::name`: the registered op; CUDA C++'s launcher, or Triton's under the interpreter (or a plan)."""
+    if backend == "cuda":
+        from ptv2_engine import _cuda
+
+        return getattr(_cuda, name)
     if backend == "triton" and device.type == "cpu":
         return _triton_launcher(name)
     if backend == "triton":

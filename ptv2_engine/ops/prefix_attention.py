@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptv2_engine import _cuda
 from ptv2_engine.errors import InputError
 from ptv2_engine.ops import _philox
 from ptv2_engine.ops._dispatch import choose, describe, launcher
@@ -239,7 +240,10 @@ def _run(tokens: tuple[Tensor, ...], pk: Tensor | None, pv: Tensor | None, cu_se
         pk = pv = None
         prefix_dropout_p = 0.0
     seed = _philox.seed_tensor(seed, q.device, dropout_p > 0 or prefix_dropout_p > 0)
-    choice = choose("prefix_attention", q.device, q.dtype, extra_reasons(q.shape[2]))
+    extra = extra_reasons(q.shape[2])
+    if q.device.type == "cuda":
+        extra["cuda"] = _cuda.shape_reasons(q.shape[2], 0 if pk is None else pk.shape[1], max_seqlen, key_range_T2 is not None)
+    choice = choose("prefix_attention", q.device, q.dtype, extra)
     if choice.backend == "reference":
         return reference(q, k, v, pk, pv, cu_seqlens, max_seqlen, prompt_ids=prompt_ids, prompt_lengths=prompt_lengths,
                          scale=scale, dropout_p=dropout_p, prefix_dropout_p=prefix_dropout_p, seed=seed, site=site,

@@ -1,0 +1,7 @@
+// The CUDA sources as one library of a C++ compiler, behind the same C interface; device memory is the host's.
+#define PTV2_EMULATOR_MAIN
+#include "../../csrc/cuda/prefix_attention_bwd.cu"
+#include "../../csrc/cuda/prefix_attention_fwd.cu"
+
+const char* ptv2_cuda_error(int code) { return code == 0 ? "no error" : "invalid argument"; }
+int ptv2_cuda_arguments_size() { return sizeof(ptv2::cuda::Attention); }

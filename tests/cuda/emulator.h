@@ -1,0 +1,274 @@
+// csrc/cuda/device.h for a CPU: a block's threads are fibers, and a warp's lanes meet at every instruction that lets them see
+// each other's registers. What it checks beside the numbers:
+//   - lanes of a warp that reach different instructions, or warps that reach different barriers: the run stops with a message;
+//   - a missing barrier: warps run one after the other between barriers, in an order that changes with PTV2_EMULATE_ORDER;
+//   - cp.async used before it was waited for, or into memory still being read: copies land as late as the program allows, or at
+//     once with PTV2_EMULATE_EAGER=1; tests do both;
+//   - shared memory read before it was written: it starts full of NaN.
+// It does not model time, bank conflicts, or races between the lanes of one warp inside an instruction.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <utility>
+#include <vector>
+
+#define PTV2_DEVICE inline
+#define PTV2_KERNEL(threads, blocks) void
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+extern "C" void ptv2_emulator_switch(void** from, void** to);
+#ifdef PTV2_EMULATOR_MAIN
+// Saves the callee-saved registers on the running stack and goes on where `to` left off (System V, x86-64).
+asm(".text\n.globl ptv2_emulator_switch\nptv2_emulator_switch:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp, (%rdi)\nmovq (%rsi), %rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
+#endif
+
+namespace ptv2::cuda {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+namespace emulator {
+
+constexpr int MAX_SHARED = 227 * 1024, STACK = 64 * 1024;
+
+struct Copy {
+  void* to;
+  const void* from;
+};
+struct Registers {
+  uint64_t word[8];
+};
+struct Lane {
+  void* context = nullptr;
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK]};
+  const char* stopped_at = nullptr;  // the instruction it waits in; null: it has returned
+  int meetings = 0;
+  Registers given[2];
+  std::vector<std::vector<Copy>> groups;
+};
+
+struct Block {
+  dim3 grid, index;
+  int threads = 0, running = 0;
+  bool eager = false;  // copies land at once
+  void* scheduler = nullptr;
+  std::vector<Lane> lanes;
+  std::function<void()> body;
+  alignas(128) unsigned char shared[MAX_SHARED];
+};
+inline Block block;
+inline const char BARRIER[] = "sync", RETURNED[] = "return";
+
+[[noreturn]] inline void fail(const char* what, const char* one = "", const char* other = "") {
+  std::fprintf(stderr, "emulator: %s %s %s (block %u, %u, %u)\n", what, one, other, block.index.x, block.index.y, block.index.z);
+  std::abort();
+}
+
+inline Lane& here() { return block.lanes[block.running]; }
+
+inline void stop_at(const char* instruction) {
+  here().stopped_at = instruction;
+  ptv2_emulator_switch(&here().context, &block.scheduler);
+}
+
+inline void run_lane() {
+  block.body();
+  stop_at(RETURNED);
+}
+
+// All lanes of the warp give `mine` and get what lane `l` gave by given(l).
+struct Meeting {
+  int first, parity;
+  const Registers& given(int lane) const { return block.lanes[first + lane].given[parity]; }
+};
+inline Meeting meet(const char* instruction, const Registers& mine) {
+  const int parity = here().meetings++ % 2;
+  here().given[parity] = mine;
+  stop_at(instruction);
+  return {block.running / 32 * 32, parity};
+}
+
+inline void start_lane(Lane& lane) {
+  auto* top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(lane.stack.get()) + STACK) & ~uintptr_t{15});
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(&run_lane);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  lane.context = top;
+  lane.groups.assign(1, {});
+  lane.stopped_at = "start";
+}
+
+// One warp from barrier to barrier.
+inline const char* run_warp(int warp) {
+  for (;;) {
+    for (int l = 0; l < 32; ++l) {
+      block.running = warp * 32 + l;
+      ptv2_emulator_switch(&block.scheduler, &here().context);
+    }
+    const char* at = block.lanes[warp * 32].stopped_at;
+    for (int l = 1; l < 32; ++l)
+      if (block.lanes[warp * 32 + l].stopped_at != at)
+        fail("the lanes of a warp are at different instructions:", at, block.lanes[warp * 32 + l].stopped_at);
+    if (at == BARRIER || at == RETURNED) return at;
+  }
+}
+
+inline void run_block(int threads) {
+  if (static_cast<int>(block.lanes.size()) < threads) block.lanes.resize(threads);
+  std::memset(block.shared, 0xFF, sizeof block.shared);
+  block.eager = std::getenv("PTV2_EMULATE_EAGER") != nullptr;
+  for (int i = 0; i < threads; ++i) start_lane(block.lanes[i]);
+  const char* order_seed = std::getenv("PTV2_EMULATE_ORDER");
+  std::mt19937 order(order_seed ? std::atoi(order_seed) : 0);
+  std::vector<int> warps(threads / 32);
+  for (size_t i = 0; i < warps.size(); ++i) warps[i] = static_cast<int>(i);
+  for (const char* first = BARRIER; first == BARRIER;) {
+    std::shuffle(warps.begin(), warps.end(), order);
+    first = nullptr;
+    for (int warp : warps) {
+      const char* at = run_warp(warp);
+      if (first != nullptr && at != first) fail("a barrier that not all warps reach:", first, at);
+      first = at;
+    }
+  }
+}
+
+inline float to_float(Bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(Fp16 x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+template <class E>
+float element(uint32_t packed, int which) { return to_float(E{static_cast<uint16_t>(packed >> 16 * which)}); }
+inline uint16_t rounded(float x, Bf16) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if (x != x) return 0x7FFF;
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+inline uint16_t rounded(float x, Fp16) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); }
+
+inline void check_shared(const void* p, int bytes, int alignment) {
+  const auto* at = static_cast<const unsigned char*>(p);
+  if (at < block.shared || at + bytes > block.shared + MAX_SHARED) fail("an address outside shared memory");
+  if (reinterpret_cast<uintptr_t>(p) % alignment) fail("a shared address that is not aligned");
+}
+
+inline void matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+  check_shared(row, 16, 16);
+  const Meeting all = meet(transposed ? "ldmatrix.trans" : "ldmatrix", {reinterpret_cast<uint64_t>(row)});
+  const int g = block.running % 32 / 4, t = block.running % 4;
+  for (int m = 0; m < 4; ++m) {
+    auto at = [&](int i, int j) { return reinterpret_cast<const uint16_t*>(all.given(m * 8 + i).word[0])[j]; };
+    const uint16_t low = transposed ? at(2 * t, g) : at(g, 2 * t), high = transposed ? at(2 * t + 1, g) : at(g, 2 * t + 1);
+    r[m] = low | static_cast<uint32_t>(high) << 16;
+  }
+}
+
+}  // namespace emulator
+
+inline unsigned char* shared_memory() { return emulator::block.shared; }
+inline int thread() { return emulator::block.running; }
+inline int lane() { return emulator::block.running % 32; }
+inline int warp() { return emulator::block.running / 32; }
+inline int num_threads() { return emulator::block.threads; }
+inline int block_x() { return emulator::block.index.x; }
+inline int block_y() { return emulator::block.index.y; }
+inline int block_z() { return emulator::block.index.z; }
+inline int num_blocks_x() { return emulator::block.grid.x; }
+
+inline void sync() { emulator::stop_at(emulator::BARRIER); }
+inline void sync_warp() { emulator::meet("syncwarp", {}); }
+template <class X>
+X shuffle(X x, int from) {
+  static_assert(sizeof(X) == 4);
+  return std::bit_cast<X>(static_cast<uint32_t>(emulator::meet("shfl", {std::bit_cast<uint32_t>(x)}).given(from & 31).word[0]));
+}
+template <class X>
+X shuffle_xor(X x, int mask) { return shuffle(x, lane() ^ mask); }
+inline uint32_t ballot(bool x) {
+  const emulator::Meeting all = emulator::meet("ballot", {x});
+  uint32_t bits = 0;
+  for (int l = 0; l < 32; ++l) bits |= static_cast<uint32_t>(all.given(l).word[0]) << l;
+  return bits;
+}
+
+inline void copy16(void* to, const void* from, bool valid) {
+  emulator::check_shared(to, 16, 16);
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("cp.async from an address that is not aligned");
+  static const unsigned char zeros[16] = {};
+  const void* source = valid ? from : zeros;
+  if (emulator::block.eager) std::memcpy(to, source, 16);
+  else emulator::here().groups.back().push_back({to, source});
+}
+inline void commit() { emulator::here().groups.emplace_back(); }
+template <int N>
+void wait() {
+  auto& groups = emulator::here().groups;  // the last one is not committed yet
+  while (static_cast<int>(groups.size()) - 1 > N) {
+    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+    groups.erase(groups.begin());
+  }
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) { emulator::matrices(r, row, false); }
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { emulator::matrices(r, row, true); }
+
+template <class E>
+void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  using emulator::element;
+  auto two = [](uint32_t x, uint32_t y) { return x | static_cast<uint64_t>(y) << 32; };
+  const emulator::Meeting all = emulator::meet("mma", {two(a[0], a[1]), two(a[2], a[3]), two(b0, b1)});
+  const int g = lane() / 4, t = lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = i / 2, column = 2 * t + i % 2;  // a half of the rows; a column
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const emulator::Registers &left = all.given(g * 4 + k % 8 / 2), &right = all.given(column * 4 + k % 8 / 2);
+      const auto pair = static_cast<uint32_t>(left.word[k / 8] >> 32 * row);
+      sum += element<E>(pair, k % 2) * element<E>(static_cast<uint32_t>(right.word[2] >> 32 * (k / 8)), k % 2);
+    }
+    d[i] += sum;
+  }
+}
+
+template <class E>
+uint32_t pack(float low, float high) {
+  return emulator::rounded(low, E{}) | static_cast<uint32_t>(emulator::rounded(high, E{})) << 16;
+}
+inline float power_of_2(float x) { return std::exp2(x); }
+inline float logarithm_2(float x) { return std::log2(x); }
+
+constexpr int SUCCESS = 0, INVALID_VALUE = 1;
+
+template <class Arguments>
+int launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes, void*, const Arguments& arguments) {
+  if (threads % 32 || threads > 1024) emulator::fail("a block of an odd size");
+  if (shared_bytes > emulator::MAX_SHARED) emulator::fail("a block needs more shared memory than there is");
+  emulator::block.grid = grid, emulator::block.threads = threads;
+  emulator::block.body = [kernel, &arguments] { kernel(arguments); };
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        emulator::block.index = {x, y, z};
+        emulator::run_block(threads);
+      }
+  return SUCCESS;
+}
+
+}  // namespace ptv2::cuda

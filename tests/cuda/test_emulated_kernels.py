@@ -1,0 +1,127 @@
+"""The CUDA C++ kernels, lane by lane on the CPU, against the fp64 reference: output, log-sum-exp, all gradients."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import emulated
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_checks import Attention, attention_inputs, check_attention, mixed_prompts, run_attention
+
+from ptv2_engine import _cuda
+from ptv2_engine.errors import BackendError
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/gpu runs the kernels")
+bf16, fp16 = torch.bfloat16, torch.float16
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Attention:
+    D = draw(st.sampled_from(sorted(_cuda.MAX_STRIPS)))
+    P = draw(st.sampled_from([0, 1, 5, 16, 20, 33, 64]))
+    longest = (_cuda.MAX_STRIPS[D] - -(-P // 16)) * 16
+    lengths = draw(st.lists(st.one_of(st.sampled_from([0, 1, 16, 17]), st.integers(0, longest)), min_size=1, max_size=4))
+    case = Attention(tuple(lengths), P, N=draw(st.integers(1, 2)), D=D, dtype=draw(st.sampled_from([bf16, fp16])),
+                     spare_rows=draw(st.sampled_from([0, 3])), dropout_p=draw(st.sampled_from([0.0, 0.2])),
+                     prefix_dropout_p=draw(st.sampled_from([0.0, 0.3])) if P else 0.0)
+    return mixed_prompts(case) if P and draw(st.booleans()) else case
+
+
+@settings(max_examples=30)
+@given(cases())
+def test_shapes(package, case):
+    check_attention(case, package)
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16])
+@pytest.mark.parametrize("D", sorted(_cuda.MAX_STRIPS))
+def test_the_longest_rows_of_a_head_dim(package, order, D, dtype):
+    check_attention(Attention((16 * _cuda.MAX_STRIPS[D] - 32, 33), 20, N=1, D=D, dtype=dtype), package)
+
+
+@pytest.mark.parametrize("programs", [1, 4])
+@pytest.mark.parametrize("case", [
+    Attention((40, 7, 0, 64, 1, 33), 20, N=2, D=64, dtype=bf16),
+    Attention((40, 7, 0, 90, 33), 20, N=2, D=64, dtype=bf16, dropout_p=0.2),
+    Attention((40, 7, 70, 33), 20, N=2, D=32, dtype=fp16, dropout_p=0.2, prefix_dropout_p=0.2),
+    mixed_prompts(Attention((5, 70, 64, 33, 1), 36, N=2, D=64, dtype=bf16)),
+    mixed_prompts(Attention((20, 5, 64), 9, N=1, D=80, dtype=bf16, prefix_dropout_p=0.3))])
+def test_a_block_that_sweeps_several_sequences(package, order, monkeypatch, case, programs):
+    monkeypatch.setattr(_cuda, "PROGRAMS", programs)
+    check_attention(case, package)
+
+
+def test_the_same_bits_whatever_the_order_and_whatever_memory_held(package, monkeypatch):
+    case = mixed_prompts(Attention((40, 7, 120, 33), 20, N=2, D=64, dtype=bf16, dropout_p=0.2, prefix_dropout_p=0.2))
+    inputs, runs = attention_inputs(case), []
+    for seed, poison in (("1", float("nan")), ("2", 0.0), ("3", 1e30)):
+        monkeypatch.setenv("PTV2_EMULATE_ORDER", seed)
+        runs.append(run_attention(case, inputs, package, poison=poison))
+    for other in runs[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
+
+
+def test_several_prompts_without_ids_means_prompt_0(package):
+    check_attention(Attention((17, 5), 5, K=3, N=1, D=64, dtype=bf16), package)
+
+
+def test_views_that_cp_async_cannot_read_are_copied(package):
+    case = Attention((17, 5), 5, N=2, D=32, dtype=bf16)
+    inputs = attention_inputs(case)
+    wide = torch.full((22, 3, 2, 33), float("nan"), dtype=bf16)
+    wide[..., 1:] = inputs["qkv"]
+    odd = torch.full((1, 7, 2, 2, 32), float("nan"), dtype=bf16)
+    prefix = [odd[:, 1:6, i].copy_(p) for i, p in enumerate(inputs["prefix"])]
+    other = inputs | {"qkv": wide[..., 1:], "prefix": tuple(prefix)}
+    for one, two in zip(run_attention(case, inputs, package), run_attention(case, other, package), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_shape_that_no_instance_takes_is_an_error_and_has_a_reason(package):
+    case = Attention((300,), 5, N=1, D=64, dtype=bf16)
+    with pytest.raises(BackendError, match=r"prefix_attention_bwd: the CUDA kernels report 'invalid argument' .error 1."):
+        run_attention(case, attention_inputs(case), package)
+    assert _cuda.shape_reasons(64, 5, 300, False) == ["300 tokens and 5 prefix keys are 20 strips of 16 (has 16 for head dim 64)"]
+    assert _cuda.shape_reasons(16, 5, 30, False) == ["head dim 16 (has 32, 64, 80, 96, 128)"]
+    assert _cuda.shape_reasons(64, 5, 30, True) == ["queries that do not see every token"]
+    assert not _cuda.shape_reasons(64, 16, 240, False)
+
+
+# What an emulator is worth: each of these mistakes must be noticed.
+MISTAKES = {
+    "a barrier too few before dQ": ("prefix_attention_bwd.cu", "products(step, stage, q, dout);\n      sync();",
+                                    "products(step, stage, q, dout);"),
+    "a copy that is not waited for": ("prefix_attention_bwd.cu", "wait<0>();", "wait<1>();"),
+    "keys of the next sequence over this one's": ("prefix_attention_bwd.cu", "fetch_keys(next.of, 1 - stage)",
+                                                  "fetch_keys(next.of, stage)"),
+    "a prefetch before the barrier": ("prefix_attention_bwd.cu", "wait<0>();\n      sync();\n      Step next", "Step next"),
+    "a forward that overwrites keys still read": ("prefix_attention_fwd.cu", "sync();  // before the next copy", "// before"),
+    "dropout bits of the neighbouring lane": ("tile.h", "of_word >> t >> g / 4 * 16", "of_word >> t >> g / 4 * 16 >> 4"),
+    "prefix masks left out of the gradient": ("prefix_attention_bwd.cu", "if (ADD && a.prefix_threshold)", "if (false)"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_noticed(name, tmp_path, monkeypatch):
+    if reason := emulated.why_not():
+        pytest.skip(reason)
+    file, right, wrong = MISTAKES[name]
+    sources = Path(shutil.copytree(emulated.CSRC / "cuda", tmp_path / "cuda"))
+    text = (sources / file).read_text()
+    assert right in text, "the mistake no longer fits the source"
+    (sources / file).write_text(text.replace(right, wrong))
+    package = emulated.as_package(emulated.compile_library(tmp_path / f"mistake_{list(MISTAKES).index(name)}.so", sources))
+    monkeypatch.setattr(_cuda, "PROGRAMS", 1)
+    case = Attention((70, 33, 90, 20, 9), 20, N=1, D=64, dtype=bf16, dropout_p=0.2)
+    with pytest.raises(AssertionError):                # in one of the orders: late copies hide what early ones show
+        for p in (0.0, 0.2):
+            for order in ({"PTV2_EMULATE_ORDER": "1"}, {"PTV2_EMULATE_ORDER": "7", "PTV2_EMULATE_EAGER": "1"}):
+                with monkeypatch.context() as context:
+                    for variable, value in order.items():
+                        context.setenv(variable, value)
+                    check_attention(replace(case, prefix_dropout_p=p), package)

@@ -1,0 +1,87 @@
+"""The CUDA library as nvcc built it: code for every architecture, no spills, tensor cores in use; and when it is called."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from ptv2_engine import _cuda, build_info, ops
+from ptv2_engine.errors import BackendError
+from ptv2_engine.ops import _dispatch
+
+SHARED_LIMIT = 163 * 1024      # of sm_80, the smaller one
+
+
+@pytest.fixture(scope="module")
+def usage() -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, kernel) -> registers, stack and so on."""
+    if not _cuda.LIBRARY.exists():
+        assert shutil.which("nvcc") is None, f"nvcc is here, but: {build_info.recorded().get('cuda')}"
+        pytest.skip("no nvcc")
+    triton = pytest.importorskip("triton")
+    tool = f"{triton.__path__[0]}/backends/nvidia/bin/cuobjdump"
+    dump = subprocess.run([tool, "--dump-resource-usage", str(_cuda.LIBRARY)], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in dump.split("Fatbin elf code:")[1:]:
+        arch = re.search(r"arch = (\S+)", part).group(1)
+        for name, fields in re.findall(r"Function (\S+):\n\s*(.+)", part):
+            found[arch, name] = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", fields)}
+    return found
+
+
+def test_every_kernel_is_there_for_every_architecture_and_spills_nothing(usage, capsys):
+    archs = {arch for arch, _ in usage}
+    assert archs == set(build_info.recorded()["cuda"]["archs"]) == {"sm_80", "sm_90a"}
+    kernels = {arch: {name for other, name in usage if other == arch} for arch in archs}
+    assert kernels["sm_80"] == kernels["sm_90a"] and len(kernels["sm_80"]) == 25       # 10 forward, 14 sweeps, 1 sum
+    with capsys.disabled():
+        print()
+        for (arch, name), used in usage.items():
+            print(f"{arch:>7} {used['REG']:>4} registers {used['STACK']:>4} bytes of stack  {name[:100]}")
+    assert not [key for key, used in usage.items() if used["STACK"] or used.get("LOCAL") or used["REG"] > 255]
+
+
+def test_the_products_run_on_tensor_cores(usage):
+    tool = f"{pytest.importorskip('triton').__path__[0]}/backends/nvidia/bin/cuobjdump"
+    code = subprocess.run([tool, "-sass", "-arch", "sm_80", str(_cuda.LIBRARY)], capture_output=True, text=True).stdout
+    for function in code.split("Function : ")[1:]:
+        name = function.split()[0]
+        if "reduce" not in name:
+            assert "HMMA.16816.F32" in function and "LDSM" in function and "LDGSTS" in function, name
+
+
+def test_both_sides_agree_on_the_arguments(usage):
+    assert _cuda.library.__wrapped__().ptv2_cuda_arguments_size() == ctypes.sizeof(_cuda.Arguments)
+
+
+def test_the_backend_says_why_it_does_not_run(monkeypatch):
+    monkeypatch.delenv("PTV2_CUDA", raising=False)
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    assert _dispatch.cuda_reasons(cuda, bf16, op="prefix_attention")[0].startswith("switched off: never run on a GPU")
+    assert _dispatch.cuda_reasons(cuda, bf16, op="add_norm") == ["no CUDA C++ kernel of add_norm"]
+    assert _dispatch.cuda_reasons(torch.device("cpu"), bf16, op="prefix_attention") == ["tensors are on cpu"]
+    monkeypatch.setenv("PTV2_CUDA", "1")
+    monkeypatch.setattr(_cuda, "unavailable", lambda: None)
+    assert _dispatch.cuda_reasons(cuda, torch.float32, op="prefix_attention") == ["dtype float32 (has bfloat16, float16)"]
+    assert _dispatch.cuda_reasons(cuda, bf16, op="prefix_attention") == []
+    assert ops.choose("prefix_attention", cuda, bf16).backend == "cuda"
+    assert ops.choose("prefix_attention", cuda, bf16, {"cuda": ["too long"]}).backend == "triton"
+    with ops.use_backend("cuda"), pytest.raises(BackendError, match="add_norm: backend 'cuda' was asked for but .* no CUDA C"):
+        ops.choose("add_norm", cuda, bf16)
+
+
+def test_without_a_library_or_a_device_the_reason_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(_cuda, "LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(build_info, "recorded", lambda: {"cuda": {"reason": "no nvcc found at install"}})
+    assert _cuda.unavailable.__wrapped__() == "not built (no nvcc found at install)"
+    (tmp_path / "none.so").touch()
+    if not torch.cuda.is_available():
+        assert _cuda.unavailable.__wrapped__() == "no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert _cuda.unavailable.__wrapped__() == "compute capability 10.0 (has 8.0, 9.0)"
