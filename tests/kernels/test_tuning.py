@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import pytest
+import torch
+from kernel_checks import Attention, check_attention
 from ptv2_engine.kernels import tile_table, tuning
 from ptv2_engine.kernels.tuning import choose, choose_relative, choose_rows, choose_splits
 
@@ -141,3 +144,18 @@ def test_tables_in_the_package_are_ones_that_can_be_read():
         record = json.loads(path.read_text())
         assert path.name == tile_table.file_name(record["device"])
         tile_table.read(path, record["device"], record["triton"])
+
+
+@pytest.mark.parametrize("case", [Attention((17, 40), 5, N=1, dtype=torch.float16, spare_rows=3),
+                                  Attention((70, 5), 36, N=1, dtype=torch.float16, dropout_p=0.2)])
+def test_kernels_compute_the_same_with_other_tiles(case):
+    """Each side half of the heuristic's, as a table might say."""
+    with tuning.forced({}) as asked:
+        plan = choose(max(case.lengths), case.P, case.D, 2, len(case.lengths), sum(case.lengths), case.dropout_p > 0)
+    other = {place: replace(config, block_m=max(16, config.block_m // 2),
+                            block_n=config.block_n if place[0] == "sweep" else max(16, config.block_n // 2),
+                            block_p=config.block_p if place[0] == "sweep" else 16) for place, config in asked.items()}
+    assert plan.forward not in other.values()
+    with tuning.forced(other) as asked:
+        check_attention(case)
+    assert set(other) <= set(asked)
