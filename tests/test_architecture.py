@@ -18,7 +18,7 @@ LEVELS = [("cli", "demo"), ("cli_predict", "cli_memory", "cli_data", "cli_bench"
           ("model", "adapter_import", "tasks"), ("adapter", "methods", "outputs"),
           ("prompt", "heads", "masked_lm", "cloze", "optim", "hf_config", "presets"),
           ("encoder", "batches", "graph_inputs"), ("packing",),
-          ("ops", "testing", "compiled"), ("_native", "kernels"), ("build_info", "errors")]
+          ("ops", "testing", "compiled"), ("_native", "_cuda", "kernels"), ("build_info", "errors")]
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 
 
