@@ -79,10 +79,11 @@ def load_prefix(base, first_key, row_stride, num_keys, c2, seed, threshold, site
 def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
            site,
            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None,
-           relative=None):
+           relative=None, kept=None):
     """One online-softmax step over a key block of which num_keys exist; v counts value_scale times (1 / (1 - p) of a dropped
     prefix). The 1 / (1 - p) of the probabilities' dropout is left to the end. seen: seen_tile(), or None for all keys; relative:
-    what is added to the products of q and k (DeBERTa), or None."""
+    what is added to the products of q and k (DeBERTa), or None; kept: the dropout mask where the queries are not those of one
+    sequence from first_query on."""
     scores = tl.dot(q, tl.trans(k), relative, input_precision=PRECISION) * scale2
     scores = tl.where((tl.arange(0, BLOCK_N) < num_keys)[None, :], scores, float("-inf"))
     if seen is not None:
@@ -92,7 +93,8 @@ def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, value_scale, first_
     shrink = tl.exp2(row_max - new_max)
     row_sum = row_sum * shrink + tl.sum(probs, 1)
     if DROPOUT:
-        keep = keep_tile(first_query, first_key, c2, site * 8 + stream, seed, threshold, BLOCK_M, BLOCK_N)
+        keep = kept if kept is not None else keep_tile(first_query, first_key, c2, site * 8 + stream, seed, threshold, BLOCK_M,
+                                                       BLOCK_N)
         probs = tl.where(keep, probs, 0.0)
     acc = tl.dot((probs * value_scale).to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
@@ -125,21 +127,23 @@ def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query,
 def key_probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
                       keep_scale, site,
                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None,
-                      relative=None):
+                      relative=None, kept=None):
     """probabilities() with keys as rows, [BLOCK_N, BLOCK_M], for kernels that hold a key block over a loop of query tiles.
 
     k and v are then the left operands, which warps share out among them: as right operands every warp would keep all of
-    both in registers through the loop. The probabilities are already laid out as the left operand of dV.
+    both in registers through the loop. The probabilities are already laid out as the left operand of dV. seen and kept (as in
+    attend), [BLOCK_N, BLOCK_M] too.
     """
     scores = tl.dot(k, tl.trans(q), relative, input_precision=PRECISION) * scale2
     probs = tl.exp2(scores - lse2[None, :])
     probs = tl.where((tl.arange(0, BLOCK_N) < num_keys)[:, None], probs, 0.0)
     if seen is not None:
-        probs = tl.where(tl.trans(seen), probs, 0.0)
+        probs = tl.where(seen, probs, 0.0)
     dprobs = tl.dot(v, tl.trans(do), input_precision=PRECISION) * value_scale
     dropped = probs
     if DROPOUT:
-        keep = tl.trans(keep_tile(first_query, first_key, c2, site * 8 + stream, seed, threshold, BLOCK_M, BLOCK_N))
+        keep = kept if kept is not None else tl.trans(keep_tile(first_query, first_key, c2, site * 8 + stream, seed, threshold,
+                                                                BLOCK_M, BLOCK_N))
         dropped = tl.where(keep, probs * keep_scale, 0.0)
         dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
     return probs, dropped, dprobs
@@ -166,6 +170,35 @@ def seen_tile(context, low, high, first_key, BLOCK_N: tl.constexpr):
     """Bool [M, BLOCK_N]: which keys of a block each query sees."""
     keys = first_key + tl.arange(0, BLOCK_N)
     return (keys < context)[None, :] | ((keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None]))
+
+
+@triton.jit
+def sequence_of(cu_seqlens, token, B):
+    """The last sequence that starts at or before a token (a scalar): its owner, as empty ones come before; B behind the last."""
+    found, rest = B * 0, B
+    while rest > 0:
+        middle = found + (rest + 1) // 2
+        found = tl.where(tl.load(cu_seqlens + middle) <= token, middle, found)
+        rest = rest // 2
+    return found
+
+
+@triton.jit
+def row_bounds(cu_seqlens, rows, first_sequence, last_sequence, B):
+    """(start, end, sequence) int32 [R] of the sequence that holds each row, sought between two sequences (both included).
+
+    A row behind the last sequence gets sequence B, which holds no token: end == start. Tiles hold few sequences, and the loads
+    of a walk over them do not wait for each other as those of a search would.
+    """
+    start = rows * 0
+    end, sequence = start, start
+    edge = tl.load(cu_seqlens + first_sequence)
+    for b in range(first_sequence, last_sequence + 1):
+        next_edge = tl.load(cu_seqlens + tl.minimum(b + 1, B))
+        inside = rows >= edge
+        start, end, sequence = tl.where(inside, edge, start), tl.where(inside, next_edge, end), tl.where(inside, b, sequence)
+        edge = next_edge
+    return start, end, sequence
 
 
 @triton.jit

@@ -48,16 +48,38 @@ def philox_words(c0, c1, c2, c3, seed):
 
 
 @triton.jit
-def keep_tile(first_row, first_column, c2, c3, seed_ptr, threshold, R: tl.constexpr, C: tl.constexpr):
-    """Bool [R, C]: which elements (first_row + r, first_column + c) survive. first_column is a multiple of 4.
+def keep_rows(rows, first_column, c2, c3, seed_ptr, threshold, R: tl.constexpr, C: tl.constexpr):
+    """Bool [R, C]: which elements (rows[r], first_column + c) survive. first_column is a multiple of 4.
 
-    c2 (int) is the counter's third word, c3 = site * 8 + stream its fourth, threshold the int32 of threshold_arg.
+    c2 (int, or [R, 1]: one a row) is the counter's third word, c3 = site * 8 + stream its fourth, threshold the int32 of
+    threshold_arg.
     """
     seed = tl.load(seed_ptr)
     limit = threshold.to(tl.uint32, bitcast=True)
     groups = (first_column // 4 + tl.arange(0, C // 4)).to(tl.uint32)
-    rows = (first_row + tl.arange(0, R)).to(tl.uint32)
-    w0, w1, w2, w3 = philox_words(groups[None, :], rows[:, None], c2.to(tl.uint32), c3.to(tl.uint32), seed)
+    w0, w1, w2, w3 = philox_words(groups[None, :], rows.to(tl.uint32)[:, None], c2.to(tl.uint32), c3.to(tl.uint32), seed)
     even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
     odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
     return tl.reshape(tl.join(even, odd), (R, C)) != 0
+
+
+@triton.jit
+def keep_tile(first_row, first_column, c2, c3, seed_ptr, threshold, R: tl.constexpr, C: tl.constexpr):
+    """keep_rows of R adjacent rows."""
+    return keep_rows(first_row + tl.arange(0, R), first_column, c2, c3, seed_ptr, threshold, R, C)
+
+
+@triton.jit
+def keep_bits(rows, c2, c3, seed_ptr, threshold, C: tl.constexpr):
+    """uint64 [R]: bit c says whether element (rows[r], c) survives, for up to C <= 64 columns; c2: [R, 1].
+
+    A row's bits in one word can be shifted to wherever the row's columns begin in a tile: keep_rows' groups of four cannot.
+    """
+    seed = tl.load(seed_ptr)
+    limit = threshold.to(tl.uint32, bitcast=True)
+    groups = tl.arange(0, C // 4)
+    w0, w1, w2, w3 = philox_words(groups.to(tl.uint32)[None, :], rows.to(tl.uint32)[:, None], c2.to(tl.uint32),
+                                  c3.to(tl.uint32), seed)
+    four = ((w0 >= limit).to(tl.uint64) | ((w1 >= limit).to(tl.uint64) << 1) | ((w2 >= limit).to(tl.uint64) << 2)
+            | ((w3 >= limit).to(tl.uint64) << 3))
+    return tl.sum(four << (4 * groups).to(tl.uint64)[None, :], 1)

@@ -13,12 +13,10 @@ Other rows: prefix_attention_long.py; the sum of the partials: prefix_grad.py. N
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
-from ptv2_engine.kernels import prefix_attention_long, prefix_grad
+from ptv2_engine.kernels import prefix_attention_long, prefix_attention_short, prefix_grad
 from ptv2_engine.kernels.attention_tile import (
     LN2,
     LOG2E,
@@ -36,7 +34,7 @@ from ptv2_engine.kernels.attention_tile import (
     zero_rows,
 )
 from ptv2_engine.kernels.philox import PREFIX_K, PREFIX_PROB, PREFIX_V, TOKEN_PROB, threshold_arg
-from ptv2_engine.kernels.tuning import choose, power_of_two, ranged_registers
+from ptv2_engine.kernels.tuning import PackedPlan, choose, choose_packed, power_of_two, ranged
 from torch import Tensor
 
 
@@ -196,6 +194,15 @@ def plain_arguments(q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tens
     return run, compile_time
 
 
+def packed_plan(run: dict, fixed: dict, prefix_k_KPND: Tensor | None, max_seqlen: int, itemsize: int,
+                key_range_T2: Tensor | None) -> PackedPlan | None:
+    """Whether rows are short enough for prefix_attention_short.py and see one undropped prompt and all of their sequence."""
+    one_prompt = run["prompt_ids"] is None or prefix_k_KPND is None or prefix_k_KPND.shape[0] == 1
+    if not one_prompt or fixed["PREFIX_DROPOUT"] or key_range_T2 is not None:
+        return None
+    return choose_packed(max_seqlen, run["P"], fixed["D"], itemsize, run["B"], run["T"], run["N"], fixed["DROPOUT"])
+
+
 def prefix_attention_fwd(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prefix_k_KPND: Tensor | None, prefix_v_KPND: Tensor | None,
                          cu_seqlens: Tensor, max_seqlen: int, prompt_ids: Tensor | None, prompt_lengths: Tensor | None,
                          scale: float, dropout_p: float, prefix_dropout_p: float, seed: Tensor | None, site: int,
@@ -210,10 +217,13 @@ def prefix_attention_fwd(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prefix_k_K
     if T > 0:
         run, fixed = plain_arguments(q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND, cu_seqlens, prompt_ids, prompt_lengths,
                                      scale, dropout_p, prefix_dropout_p, seed, site)
+        if packed := packed_plan(run, fixed, prefix_k_KPND, max_seqlen, q_TND.element_size(), key_range_T2):
+            inputs = (q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND)
+            prefix_attention_short.forward(inputs, out_TND, lse_NT, run, fixed, packed)
+            return out_TND, lse_NT
         dropout = fixed["DROPOUT"] or fixed["PREFIX_DROPOUT"]
-        tiles = choose(max_seqlen, run["P"], D, q_TND.element_size(), dropout=dropout).forward
-        if key_range_T2 is not None:
-            tiles = replace(tiles, registers=ranged_registers(D, dropout))
+        plan = choose(max_seqlen, run["P"], D, q_TND.element_size(), dropout=dropout)
+        tiles = (plan if key_range_T2 is None else ranged(plan, D, q_TND.element_size(), dropout)).forward
         grid = (max(1, triton.cdiv(max_seqlen, tiles.block_m)), N, run["B"] + 1)
         forward_kernel[grid](q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND, out_TND, lse_NT, context_B, key_range_T2, **run,
                              **fixed,
@@ -240,22 +250,30 @@ def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: 
         return dqkv.zero_(), dprefix[0].zero_(), dprefix[1].zero_()
     if not need_tokens and not need_prefix:
         return dqkv, *dprefix
-    plan = choose(max_seqlen, P, D, q_TND.element_size(), B, T, fixed["DROPOUT"] or fixed["PREFIX_DROPOUT"])
+    dropout = fixed["DROPOUT"] or fixed["PREFIX_DROPOUT"]
+    plan = choose(max_seqlen, P, D, q_TND.element_size(), B, T, dropout)
+    if key_range_T2 is not None:
+        plan = ranged(plan, D, q_TND.element_size(), dropout)
     inputs = (dout_TND, q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND)
+    packed = packed_plan(run, fixed, prefix_k_KPND, max_seqlen, q_TND.element_size(), key_range_T2)
     if plan.sweep is None or out_TND is not None or key_range_T2 is not None:
         delta_NT = prefix_attention_long.tokens_bwd(inputs, out_TND, lse_NT, dqkv, max_seqlen, run, fixed, plan, need_tokens,
                                                     (context_B, key_range_T2))
     else:
-        fuse = need_prefix and plan.fuse_prefix
+        packed = packed if packed and packed.sweep else None
+        fuse = need_prefix and (packed is not None or plan.fuse_prefix)
+        partials = triton.cdiv(T, packed.window) if packed else B
         delta_NT = torch.empty_like(lse_NT) if need_prefix and not fuse else None
-        partial = q_TND.new_empty((2, B, P, N, D), dtype=torch.float32) if fuse else None
-        tiles = plan.sweep
-        sweep_kernel[(N, B + 1)](*inputs, lse_NT, dqkv, delta_NT, partial, **run, **fixed, BLOCK_M=tiles.block_m,
-                                 BLOCK_N=tiles.block_n,
-                                 BLOCK_P=tiles.block_p, NEED_TOKENS=need_tokens, FUSE_PREFIX=fuse,
-                                 STORE_DELTA=delta_NT is not None, **tiles.launch)
+        partial = q_TND.new_empty((2, partials, P, N, D), dtype=torch.float32) if fuse else None
+        if packed:
+            prefix_attention_short.sweep(inputs, lse_NT, dqkv, delta_NT, partial, run, fixed, packed, need_tokens)
+        else:
+            tiles = plan.sweep
+            sweep_kernel[(N, B + 1)](*inputs, lse_NT, dqkv, delta_NT, partial, **run, **fixed, BLOCK_M=tiles.block_m,
+                                     BLOCK_N=tiles.block_n, BLOCK_P=tiles.block_p, NEED_TOKENS=need_tokens, FUSE_PREFIX=fuse,
+                                     STORE_DELTA=delta_NT is not None, **tiles.launch)
         if fuse:
-            prefix_grad.reduce(partial, dprefix, prompt_ids, prompt_lengths, by_sequence=True)
+            prefix_grad.reduce(partial, dprefix, None if packed else prompt_ids, prompt_lengths, by_sequence=True)
             return dqkv, *dprefix
     if need_prefix:
         prefix_grad.prefix_bwd(inputs, lse_NT, delta_NT, dprefix, max_seqlen, run, fixed, plan.prefix)

@@ -145,7 +145,7 @@ def dkdv_kernel(dout_TND, q_TND, k_TND, v_TND, lse_NT, delta_NT, dqkv_T3ND, cont
             do = load_tile(dout_TND + n * D, start + i, N * D, length - i, BLOCK_M, D, BLOCK_D)
             lse2 = load_stat(lse_NT, stat_row + i, length - i, float("inf"), BLOCK_M) * LOG2E
             delta = load_stat(delta_NT, stat_row + i, length - i, 0.0, BLOCK_M)
-            seen = seen_tile(context, low, high, first, BLOCK_N) if key_range_T2 is not None else None
+            seen = tl.trans(seen_tile(context, low, high, first, BLOCK_N)) if key_range_T2 is not None else None
             probs, dropped, dprobs = key_probabilities(q, do, k, v, lse2, length - first, scale2, 1.0, i, first, b * N + n,
                                                        TOKEN_PROB, seed, threshold, keep_scale, site, BLOCK_M, BLOCK_N, DROPOUT,
                                                        PRECISION, seen)

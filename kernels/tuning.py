@@ -20,6 +20,8 @@ from ptv2_engine.kernels import tile_table
 ONE_BLOCK_TOKENS = 128
 ONE_SWEEP_PREFIX = 32
 PROGRAMS = 264        # two programs for each of an H100's 132 multiprocessors
+PACKED_TOKENS = 64
+PACKED_PROGRAMS = 2 * PROGRAMS
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,50 @@ def _heuristic(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int
                          f"{max_seqlen} + {prompt_length} keys of {head_dim} fit one block: one sweep, prefix gradient {where}")
 
 
-def ranged_registers(head_dim: int, dropout: bool) -> int | None:
-    """TileConfig.registers of the forward kernel where queries do not see every token: without it sm_100 spills 8 or 16 bytes."""
-    return {(False, False): 168, (True, True): 255}.get((head_dim > 64, dropout))
+def ranged(plan: AttentionPlan, head_dim: int, itemsize: int, dropout: bool) -> AttentionPlan:
+    """The plan where queries do not see every token: unchanged, sm_80 spills 8 bytes in dq and sm_100 up to 16 in forward."""
+    if itemsize == 4:
+        return plan
+    wide = head_dim > 64
+    forward = replace(plan.forward, registers={(False, False): 168, (True, True): 255}.get((wide, dropout)))
+    return replace(plan, forward=forward, dq=replace(plan.dq, block_m=32, warps=4) if wide and dropout else plan.dq)
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """The tiles of prefix_attention_short.py. longest: columns of a sequence's dropout masks; window: packed tokens in which the
+    sequences of a backward program start; sweep None: the backward is AttentionPlan's."""
+
+    forward: TileConfig
+    sweep: TileConfig | None
+    longest: int
+    window: int
+    why: str
+
+
+def choose_packed(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, num_sequences: int, num_tokens: int,
+                  num_heads: int, dropout: bool = False) -> PackedPlan | None:
+    """Tiles of packed tokens for rows that would leave most of a tile empty, or None where a tile of one sequence serves as well:
+    rows of over 32 tokens on average, one of over 64, or so few (sequence, head) pairs that they run side by side anyway."""
+    short = 0 < max_seqlen <= PACKED_TOKENS and 2 * num_tokens <= PACKED_TOKENS * num_sequences
+    if not short or num_sequences * num_heads < PACKED_PROGRAMS or _forced is not None:    # ptv2 tune measures the others
+        return None
+    plain = choose(max_seqlen, prompt_length, head_dim, itemsize, dropout=dropout)
+    tile, longest = plain.forward, power_of_two(max_seqlen)
+    streamed = tile.block_n if itemsize == 4 else 32
+    prefix = min(tile.block_p, streamed)
+    if prefix and dropout and itemsize == 2:
+        prefix = 32 if head_dim <= 64 else 16
+    capped = 168 if dropout and itemsize == 2 and head_dim <= 32 else None          # sm_100 spills 8 bytes for one more program
+    forward = replace(tile, block_n=streamed, block_p=prefix, registers=capped,
+                      why=f"{tile.block_m} packed rows, {streamed} packed keys")
+    if plain.sweep is None:
+        return PackedPlan(forward, None, longest, 0, forward.why)
+    windows = 2 if num_tokens * num_heads >= 4 * PROGRAMS * PACKED_TOKENS else 1
+    held, warps = (32, 8) if dropout else (plain.sweep.block_p, 4)       # with dropout 16 keys or 4 warps spill on sm_80 or sm_90
+    sweep = TileConfig(16, PACKED_TOKENS, held if prompt_length else 0, warps, 1,
+                       f"sequences that start in {windows * PACKED_TOKENS} tokens, {PACKED_TOKENS} keys held")
+    return PackedPlan(forward, sweep, longest, windows * PACKED_TOKENS, sweep.why)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25,
                                      suppress_health_check=list(hypothesis.HealthCheck))
+# new seeds each time, thousands of examples: --hypothesis-profile=night with -k one test (tests/kernels/attention_cases.py)
+hypothesis.settings.register_profile("night", deadline=None, derandomize=False, max_examples=10_000, print_blob=True,
+                                     suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.load_profile("ci")
 EXPECTABLE = ("native", "interpreter", "aot")
 

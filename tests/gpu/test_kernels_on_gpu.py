@@ -51,6 +51,23 @@ def test_attention_shapes(P, D, dtype):
     check_attention(Attention((60, 0, 1, 17), P, N=3, D=D, dtype=dtype))
 
 
+SHORT = tuple(int(n) for n in torch.randint(0, 45, (60,), generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [16, 32, 64, 80, 128])
+@pytest.mark.parametrize("P", [0, 5, 20, 100])
+def test_several_short_sequences_a_program(P, D, dtype):
+    for dropout_p in (0.0, 0.1):
+        check_attention(Attention(SHORT, P, N=2, D=D, dtype=dtype, spare_rows=100, dropout_p=dropout_p, packed=True))
+    check_attention(Attention((64, 0, 64, 1, 3, *(9,) * 12), P, N=3, D=D, dtype=dtype, dropout_p=0.1, packed=True))
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16])
+def test_windows_of_several_groups(dtype):
+    check_attention(Attention(SHORT * 20, 20, N=16, D=64, dtype=dtype, dropout_p=0.1, packed=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths, P", [((40, 7, 64), 16), ((127, 30, 1), 20), ((300, 513), 128)])
 def test_attention_dropout(lengths, P, dtype):
@@ -119,9 +136,10 @@ def test_many_sequences():
 
 @pytest.mark.parametrize("case", [Attention((64,) * 40, 16, N=8, D=64, dtype=bf16),
                                   Attention((128, 100, 7) * 12, 64, N=8, D=64, dtype=bf16),
-                                  Attention((900, 40), 128, N=8, D=64, dtype=bf16, keep_out=True)])
+                                  Attention((900, 40), 128, N=8, D=64, dtype=bf16, keep_out=True),
+                                  Attention(SHORT * 4, 20, N=8, D=64, dtype=bf16, packed=True)])
 def test_bitwise_determinism(case):
-    case = replace(case, dropout_p=0.1, prefix_dropout_p=0.1)
+    case = replace(case, dropout_p=0.1, prefix_dropout_p=0.0 if case.packed else 0.1)
     given = attention_inputs(case)
     first = run_attention(case, given)
     for value in (0.0, 1e30):

@@ -52,6 +52,17 @@ def attention(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.0, 
                                           P > 0)
 
 
+def short_rows(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.0, need_tokens: bool = True) -> None:
+    """Forward and backward of a batch of 64 sequences of up to S tokens, S / 2 on average."""
+    B, N, T = 64, 12, 32 * S
+    q, k, v = torch.zeros(T, 3, N, D, dtype=dtype).unbind(1)
+    prefix = [torch.zeros(1, P, N, D, dtype=dtype) for _ in range(2)] if P else [None, None]
+    plain = (torch.zeros(B + 1, dtype=torch.int32), S, None, None, 0.125, dropout, 0.0, torch.zeros(1, dtype=torch.int64), 3,
+             None, None)
+    out, lse = prefix_attention.prefix_attention_fwd(q, k, v, *prefix, *plain)
+    prefix_attention.prefix_attention_bwd(torch.zeros_like(out), q, k, v, *prefix, None, lse, *plain, need_tokens, P > 0)
+
+
 def row_ops(H: int, dtype: torch.dtype, dropout: float) -> None:
     x, weight, seed = torch.zeros(8, H, dtype=dtype), torch.zeros(H, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     ids = torch.zeros(8, dtype=torch.int64)
@@ -118,7 +129,11 @@ CASES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "S128 P16 D64 bf16 dropout, ranges": (lambda: attention(128, 16, 64, bf16, 0.1, ranged=True), (80, 90)),
     "S1024 P16 D64 bf16, ranges": (lambda: attention(1024, 16, 64, bf16, ranged=True), (90, 100)),
     "S512 P160 D64 bf16, ranges": (lambda: attention(512, 160, 64, bf16, ranged=True), (90, 100)),
-    "S128 P20 D80 bf16 dropout, ranges": (lambda: attention(128, 20, 80, bf16, 0.1, ranged=True), (100,)),
+    "short S32 P16 D64 bf16": (lambda: short_rows(32, 16, 64, bf16), (80, 90, 100)),
+    "short S64 P20 D64 bf16 dropout": (lambda: short_rows(64, 20, 64, bf16, 0.1), (80, 90, 100)),
+    "short S32 P5 D32 fp16 dropout, no dqkv": (lambda: short_rows(32, 5, 32, fp16, 0.1, False), (90, 100)),
+    "short S64 P128 D128 bf16 dropout": (lambda: short_rows(64, 128, 128, bf16, 0.1), (80, 90)),
+    "S128 P20 D80 bf16 dropout, ranges": (lambda: attention(128, 20, 80, bf16, 0.1, ranged=True), (80, 100)),
     "DeBERTa S128 P20 D64 bf16": (lambda: disentangled(128, 20, 64, bf16), (80, 90, 100)),
     "DeBERTa S512 P20 D64 bf16 dropout": (lambda: disentangled(512, 20, 64, bf16, 0.1), (80, 90)),
     "DeBERTa S512 P100 D64 bf16, c2p": (lambda: disentangled(512, 100, 64, bf16, terms="c2p"), (90,)),

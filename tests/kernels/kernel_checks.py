@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -178,6 +180,7 @@ class Attention:
     keep_out: bool = False         # give the output to backward, as for rows of more than 2048 keys
     seen: str | None = None        # "causal", "candidates" (both with a context) or "window"; None: all tokens
     site: int = 5
+    packed: bool = False           # several short sequences a program, however few there are
 
 
 def attention_inputs(case: Attention) -> dict[str, Any]:
@@ -230,6 +233,22 @@ def attention_reference(case: Attention, given: dict[str, Any], precision: torch
     return [out.detach(), *grads]
 
 
+@contextmanager
+def packing(case: Attention, package: str) -> Iterator[None]:
+    """Inside, kernels take several sequences a program if the case wants that: batches this small would not."""
+    tuning = kernel("tuning", package)
+    before = tuning.PACKED_PROGRAMS
+    tuning.PACKED_PROGRAMS = 0 if case.packed else before
+    plan = tuning.choose_packed(max(case.lengths, default=0), case.P, case.D, case.dtype.itemsize, len(case.lengths),
+                                sum(case.lengths) + case.spare_rows, case.N, case.dropout_p > 0)
+    try:
+        if bool(plan) != case.packed:           # no AssertionError: it would count as a mutation found
+            raise ValueError(f"{case}: the packed kernels {'would not' if case.packed else 'would'} take this")
+        yield
+    finally:
+        tuning.PACKED_PROGRAMS = before
+
+
 def run_attention(case: Attention, given: dict[str, Any], package: str = KERNELS, need_tokens: bool = True,
                   need_prefix: bool = True, poison: float = float("nan")) -> tuple[Tensor, ...]:
     """(out, lse, dqkv, dprefix_k, dprefix_v) by the kernels, on fresh memory full of `poison`."""
@@ -237,15 +256,15 @@ def run_attention(case: Attention, given: dict[str, Any], package: str = KERNELS
     q, k, v = given["qkv"].unbind(1)
     plain = (given["cu_seqlens"], given["max_seqlen"], given["prompt_ids"], given["prompt_lengths"], case.D**-0.5, case.dropout_p,
              case.prefix_dropout_p, given["seed"], case.site, *given["ranges"])
-    with poisoned_memory(poison):
+    with poisoned_memory(poison), packing(case, package):
         out, lse = module.prefix_attention_fwd(q, k, v, *given["prefix"], *plain)
         grads = module.prefix_attention_bwd(given["dout"], q, k, v, *given["prefix"], out if case.keep_out else None, lse, *plain,
                                             need_tokens, need_prefix)
     return out, lse, *grads
 
 
-def check_attention(case: Attention, package: str = KERNELS) -> None:
-    """Forward, log-sum-exp and all gradients; the same prefix gradient without the tokens' and the other way round."""
+def check_attention(case: Attention, package: str = KERNELS, partly: bool = True) -> None:
+    """Forward, log-sum-exp and all gradients; partly: also the prefix gradient without the tokens' and the other way round."""
     given = attention_inputs(case)
     out, lse, dqkv, dpk, dpv = run_attention(case, given, package)
     exact, stock = (attention_reference(case, given, precision) for precision in (torch.float64, case.dtype))
@@ -259,6 +278,8 @@ def check_attention(case: Attention, package: str = KERNELS) -> None:
             mine = mine.to(case.dtype)      # the budget counts roundings of the inputs' dtype
         assert_error_within(f"{name} {case}", mine, truth, low, TIMES, slack)
     check_lse(case, given, lse)
+    if not partly:
+        return
     only_prefix = run_attention(case, given, package, need_tokens=False)
     only_tokens = run_attention(case, given, package, need_prefix=False)
     assert only_prefix[2].numel() == 0 and only_tokens[3].numel() == only_tokens[4].numel() == 0

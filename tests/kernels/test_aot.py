@@ -14,7 +14,7 @@ from ptv2_engine.compiled import SHARED_LIMIT
 COLUMNS = {"case": 34, "kernel": 23, "tiles": 9, "warps": 5, "sm": 3, "registers": 9, "stack": 5, "shared": 6, "matrix": 11}
 MATRIX = {80: "mma.sync", 90: "mma", 100: "mma"}
 ATTENTION = ("forward_kernel", "sweep_kernel", "dq_kernel", "dkdv_kernel", "prefix_grad_kernel", "relative_forward_kernel",
-             "relative_dq_kernel", "relative_dkdv_kernel")
+             "relative_dq_kernel", "relative_dkdv_kernel", "packed_forward_kernel", "packed_sweep_kernel")
 
 
 def compiled() -> list[dict]:

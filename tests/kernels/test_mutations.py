@@ -30,6 +30,8 @@ def relative(package: str) -> None:
 
 
 dropped_fused = Attention((17, 25), 5, N=1, dtype=fp16, prefix_dropout_p=0.3)
+packed = Attention((40, 17, 0, 5, 30, 1), 5, N=1, dtype=fp16, spare_rows=3, packed=True)
+packed_dropped = Attention((9, 17, 5), 5, N=1, dtype=fp16, dropout_p=0.3, packed=True)
 
 
 def attention(case: Attention) -> Callable[[str], None]:
@@ -135,6 +137,44 @@ MUTATIONS = {
         attention(window)),
     "ranges: a query tile that sees a key block is passed over": (
         "prefix_attention_long", "(tl.max(high, 0) > first))", "(tl.max(high, 0) > first + BLOCK_N))", attention(window)),
+    "packed: a row sees the sequence behind its own": (
+        "prefix_attention_short", "seen = index.to(tl.uint32) < (end - start).to(tl.uint32)[:, None]",
+        "seen = index.to(tl.uint32) < (end - start + 1).to(tl.uint32)[:, None]", attention(packed)),
+    "packed: keys from the tile's first row on only": (
+        "prefix_attention_short", "for j in range(tl.load(cu_seqlens + first_sequence), stop, BLOCK_N)",
+        "for j in range(tl.maximum(tl.load(cu_seqlens + first_sequence), first), stop, BLOCK_N)", attention(packed)),
+    "packed: keys up to the tile's last row only": (
+        "prefix_attention_short", "for j in range(tl.load(cu_seqlens + first_sequence), stop, BLOCK_N)",
+        "for j in range(tl.load(cu_seqlens + first_sequence), tl.minimum(stop, first + BLOCK_M), BLOCK_N)", attention(packed)),
+    "packed: a sequence's first token counts to the one before": (
+        "attention_tile", "inside = rows >= edge", "inside = rows > edge", attention(packed)),
+    "packed: rows of no sequence left as they are": (
+        "prefix_attention_short", "real = rows < end", "real = rows >= 0", attention(packed)),
+    "packed: the masks' rows are those of the tile": (
+        "prefix_attention_short", "keep_bits(rows - start, c2", "keep_bits(rows - first, c2", attention(packed_dropped)),
+    "packed: the masks' columns are those of the tile": (
+        "prefix_attention_short", "(index & 63)", "((index + 1) & 63)", attention(packed_dropped)),
+    "packed: every row draws the first sequence's masks": (
+        "prefix_attention_short", "c2 = (sequence * N + n)[:, None]", "c2 = (sequence * 0 + n)[:, None]",
+        attention(packed_dropped)),
+    "packed: the prefix's mask is drawn for other rows": (
+        "prefix_attention_short", "keep_rows(rows - start, 0, c2", "keep_rows(rows, 0, c2", attention(packed_dropped)),
+    "packed sweep: a key takes the gradient of the sequence before": (
+        "prefix_attention_short", "seen = index.to(tl.uint32) < (end - start).to(tl.uint32)[None, :]",
+        "seen = index.to(tl.uint32) < (end - start + 1).to(tl.uint32)[None, :]", attention(packed)),
+    "packed sweep: what does not fit the first key block is left out": (
+        "prefix_attention_short", "sequence = stop_sequence", "sequence = next_sequence", attention(packed)),
+    "packed sweep: one sequence too many in a key block": (
+        "prefix_attention_short", "<= limit, b + 1, found)", "<= limit + 40, b + 1, found)", attention(packed)),
+    "packed sweep: a window's last sequence left out": (
+        "prefix_attention_short", "next_sequence = tl.minimum(sequence_of(cu_seqlens, window_end - 1, B) + 1, B)",
+        "next_sequence = tl.minimum(sequence_of(cu_seqlens, window_end - 1, B), B)", attention(packed)),
+    "packed sweep: rows of no sequence left as they are": (
+        "prefix_attention_short", "tl.maximum(tl.load(cu_seqlens + B), window), window_end", "window_end, window_end",
+        attention(packed)),
+    "packed sweep: delta without the prefix": (
+        "prefix_attention_short", "delta += tl.sum(p_probs * p_dprobs, 0)", "delta += 0.0", attention(packed)),
+    "sum of partials: one window left out": ("prefix_grad", "mine = rows < C", "mine = rows < C - 1", attention(packed)),
     "relative: the band is read one column off": (
         "disentangled_band", "tl.arange(0, BLOCK_N)[None, :] + (BLOCK_N - 1)\n\n", "tl.arange(0, BLOCK_N)[None, :] + BLOCK_N\n\n",
         relative),
@@ -184,6 +224,7 @@ def test_the_check_fails(title, tmp_path, monkeypatch):
             del sys.modules[module]
 
 
-@pytest.mark.parametrize("case", [plain, fused, apart, long, dropped, dropped_fused], ids=lambda case: str(case.lengths))
+@pytest.mark.parametrize("case", [plain, fused, apart, long, dropped, dropped_fused, packed, packed_dropped],
+                         ids=lambda case: str(case.lengths))
 def test_the_same_checks_pass_on_the_kernels_themselves(case):
     check_attention(case)

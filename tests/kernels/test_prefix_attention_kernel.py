@@ -6,34 +6,56 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_cases import cases, examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_checks import Attention, attention_inputs, check_attention, kernel, mixed_prompts, run_attention
 
 fp16, fp32 = torch.float16, torch.float32
 
-# Lengths 0 and 1 (no and a lone token), 17 (just over a 16-row tile), 64 (a whole tile), 127 (prime); prompts of none, one,
-# a part of a block, a block, several blocks. D = 16 and 96 are left out: the tiles are those of 32 and 80.
-lengths = st.lists(st.sampled_from([0, 1, 5, 17, 64, 127]), min_size=1, max_size=3).map(tuple)
-shapes = st.fixed_dictionaries({"lengths": lengths, "P": st.sampled_from([0, 1, 5, 16, 100, 200]),
-                                "D": st.sampled_from([32, 64, 80, 128]), "spare_rows": st.sampled_from([0, 3]),
-                                "keep_out": st.booleans(), "N": st.just(1)})
+
+@settings(max_examples=examples(8))
+@given(cases(), st.sampled_from([False, False, True]))
+@example(Attention((127, 0, 17), 5, D=64, N=1, dtype=fp16), True)
+@example(Attention((0, 0), 5, dtype=fp16), True)
+@example(Attention((0,), 5, dtype=fp16, spare_rows=3), True)
+@example(Attention((64, 17), 200, N=1, dtype=fp16, keep_out=True), False)
+def test_any_shape(case, partly):
+    check_attention(case, partly=partly)
 
 
-@settings(max_examples=12)
-@given(shapes)
-@example({"lengths": (127, 0, 17), "P": 5, "D": 64})
-@example({"lengths": (0, 0), "P": 5, "D": 32})
-@example({"lengths": (0,), "P": 5, "D": 32, "spare_rows": 3})
-def test_shapes(shape):
-    check_attention(Attention(**shape, dtype=fp16))
+@pytest.mark.parametrize("keep_out", [False, True])
+def test_dropout_and_mixed_prompts(keep_out):
+    check_attention(mixed_prompts(Attention((40, 0, 5), 20, N=1, dtype=fp16, dropout_p=0.2, prefix_dropout_p=0.3,
+                                            keep_out=keep_out)), partly=not keep_out)
 
 
-@settings(max_examples=6)
-@given(lengths, st.sampled_from([1, 5, 16, 36]), st.booleans())
-def test_dropout_and_mixed_prompts(lengths, prompt_length, keep_out):
-    check_attention(mixed_prompts(Attention(lengths, prompt_length, N=2 if max(lengths) < 64 else 1, dtype=fp16, dropout_p=0.2,
-                                            prefix_dropout_p=0.3, keep_out=keep_out)))
+ragged = (5, 0, 17, 1, 30, 9, 12, 3, 0)        # no multiple of a tile; empty sequences inside and at the end
+two_groups = (60, 0, 5, 5, 4, *(1,) * 10, 40, 20, 4, 1)                 # what starts in 64 tokens does not fit 64 keys
+
+
+@pytest.mark.parametrize("case", [
+    Attention(ragged, 5, N=2, dtype=fp16, spare_rows=3), Attention(ragged, 20, N=2, dtype=fp16, dropout_p=0.2),
+    Attention(two_groups, 20, D=64, N=1, dtype=fp16, dropout_p=0.2, spare_rows=100), Attention(ragged, 33, N=1, dtype=fp16),
+    Attention((1,) * 70, 0, N=1, dtype=fp16, dropout_p=0.5), Attention(ragged, 5, N=1, D=80, dropout_p=0.2),
+    Attention(ragged, 5, N=1, dtype=fp16, K=3, prompt_lengths=(3, 5, 5)), Attention((0, 0, 7), 5, N=1, dtype=fp16)])
+def test_several_short_sequences_a_program(case):
+    check_attention(replace(case, packed=True))
+
+
+def test_windows_of_several_groups(monkeypatch):
+    """Enough work makes windows of 128 tokens: the sequences of one go through the key block in turns."""
+    monkeypatch.setattr(kernel("tuning"), "PROGRAMS", 0)
+    check_attention(Attention(two_groups + ragged, 5, N=1, dtype=fp16, packed=True, dropout_p=0.2))
+
+
+def test_sequences_that_share_a_tile_draw_the_masks_they_draw_alone():
+    case = Attention(ragged, 5, N=2, dtype=fp16, dropout_p=0.5)
+    given, ones = attention_inputs(case), {}
+    given["qkv"][:, 2] = given["prefix"][1][:] = 1      # then the output counts the kept probabilities
+    for packed in (False, True):
+        ones[packed] = run_attention(replace(case, packed=packed), given)[0]
+    torch.testing.assert_close(ones[True], ones[False], atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("case", [
@@ -43,16 +65,16 @@ def test_fp32(case):
     check_attention(case)
 
 
-@pytest.mark.parametrize("keep_out", [False, True])
 @pytest.mark.parametrize("seen", ["causal", "candidates", "window"])
-@pytest.mark.parametrize("lengths, P", [((127, 0, 17, 1), 5), ((200,), 0), ((70, 33), 20)])
+@pytest.mark.parametrize("lengths, P, keep_out", [((127, 0, 17, 1), 5, False), ((200,), 0, True), ((70, 33), 20, False)])
 def test_queries_that_do_not_see_every_token(lengths, P, seen, keep_out):
     check_attention(Attention(lengths, P, N=1, dtype=fp16, seen=seen, keep_out=keep_out, spare_rows=3))
 
 
-@pytest.mark.parametrize("seen", ["causal", "window"])
-def test_ranges_with_dropout_and_mixed_prompts(seen):
-    check_attention(mixed_prompts(Attention((40, 5), 9, N=2, dropout_p=0.2, prefix_dropout_p=0.3, seen=seen)))
+@pytest.mark.parametrize("seen, dtype", [("causal", fp32), ("window", fp16)])
+def test_ranges_with_dropout_and_mixed_prompts(seen, dtype):
+    check_attention(mixed_prompts(Attention((40, 5), 9, N=1, dtype=dtype, dropout_p=0.2, prefix_dropout_p=0.3, seen=seen)),
+                    partly=False)
 
 
 def test_key_blocks_that_no_query_of_a_tile_sees_are_not_read():
