@@ -26,7 +26,8 @@ _ATTENTION = ("itemsize", "head_dim", "tokens", "prompt", "dropout")
 # kernel -> what its shape class consists of. rows: of add_norm and embedding.
 FIELDS: dict[str, tuple[str, ...]] = {
     "forward": _ATTENTION, "sweep": (*_ATTENTION, "fused"), "dq": _ATTENTION, "dkdv": _ATTENTION, "prefix": _ATTENTION,
-    "relative_forward": _ATTENTION, "relative_dq": _ATTENTION, "relative_dkdv": _ATTENTION, "rows": ("width",)}
+    "packed_forward": _ATTENTION, "packed_sweep": _ATTENTION, "relative_forward": _ATTENTION, "relative_dq": _ATTENTION,
+    "relative_dkdv": _ATTENTION, "rows": ("width",)}
 TILES: dict[str, tuple[str, ...]] = {
     kernel: ("rows", "warps") if kernel == "rows" else ("block_m", "block_n", "block_p", "warps", "stages", "registers")
     for kernel in FIELDS}
@@ -59,7 +60,7 @@ def sides(kernel: str) -> tuple[str, ...]:
     if kernel == "rows":
         return ()
     return tuple(side for side, other in (("block_m", ""), ("block_n", "prefix"), ("block_p", "dkdv"))
-                 if kernel.removeprefix("relative_") != other)
+                 if kernel.rsplit("_", 1)[-1] != other)
 
 
 def problem(kernel: str, shape: Mapping[str, int], tiles: Mapping[str, Any]) -> str | None:
@@ -77,7 +78,7 @@ def problem(kernel: str, shape: Mapping[str, int], tiles: Mapping[str, Any]) -> 
         return f"{', '.join(used)} must be 16 or more"
     if tiles["block_p"] and not shape["prompt"] and kernel not in ("prefix", "dkdv"):
         return "block_p must be 0 without a prefix"
-    if kernel == "sweep" and (tiles["block_n"] < shape["tokens"] or tiles["block_p"] < shape["prompt"]):
+    if kernel.endswith("sweep") and (tiles["block_n"] < shape["tokens"] or tiles["block_p"] < shape["prompt"]):
         return "a sweep holds all keys of a row, and the tiles do not"
     return None
 

@@ -20,6 +20,7 @@ from ptv2_engine.kernels import tile_table
 ONE_BLOCK_TOKENS = 128
 ONE_SWEEP_PREFIX = 32
 PROGRAMS = 264        # two programs for each of an H100's 132 multiprocessors
+IDLE_PROGRAMS = 8 * PROGRAMS      # what these cost, a load each and nothing else, is about the launch that a list of tiles costs
 PACKED_TOKENS = 64
 PACKED_PROGRAMS = 2 * PROGRAMS
 
@@ -83,7 +84,7 @@ def forced(tiles: Mapping[tile_table.Class, Any]) -> Iterator[dict[tile_table.Cl
     is asked for: the heuristic's tiles of each kernel and shape class."""
     global _forced
     before, _forced = _forced, (tiles, {})
-    plans = (choose_rows, _plan, _relative_plan)
+    plans = (choose_rows, _plan, _packed_plan, _relative_plan)
     try:
         for plan in plans:
             plan.cache_clear()
@@ -200,9 +201,17 @@ def choose_packed(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: 
     """Tiles of packed tokens for rows that would leave most of a tile empty, or None where a tile of one sequence serves as well:
     rows of over 32 tokens on average, one of over 64, or so few (sequence, head) pairs that they run side by side anyway."""
     short = 0 < max_seqlen <= PACKED_TOKENS and 2 * num_tokens <= PACKED_TOKENS * num_sequences
-    if not short or num_sequences * num_heads < PACKED_PROGRAMS or _forced is not None:    # ptv2 tune measures the others
+    if not short or num_sequences * num_heads < PACKED_PROGRAMS:
         return None
-    plain = choose(max_seqlen, prompt_length, head_dim, itemsize, dropout=dropout)
+    windows = 2 if num_tokens * num_heads >= 4 * PROGRAMS * PACKED_TOKENS else 1
+    return _packed_plan(max_seqlen, prompt_length, head_dim, itemsize, windows, bool(dropout))
+
+
+@functools.lru_cache(maxsize=4096)
+def _packed_plan(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int, windows: int, dropout: bool) -> PackedPlan:
+    """The heuristic's plan with the measured tiles put in."""
+    plain = _heuristic(max_seqlen, prompt_length, head_dim, itemsize, True, dropout)
+    shape = _shape_class(max_seqlen, prompt_length, head_dim, itemsize, dropout)
     tile, longest = plain.forward, power_of_two(max_seqlen)
     streamed = tile.block_n if itemsize == 4 else 32
     prefix = min(tile.block_p, streamed)
@@ -211,12 +220,13 @@ def choose_packed(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: 
     capped = 168 if dropout and itemsize == 2 and head_dim <= 32 else None          # sm_100 spills 8 bytes for one more program
     forward = replace(tile, block_n=streamed, block_p=prefix, registers=capped,
                       why=f"{tile.block_m} packed rows, {streamed} packed keys")
+    forward = _measured("packed_forward", shape, forward)
     if plain.sweep is None:
         return PackedPlan(forward, None, longest, 0, forward.why)
-    windows = 2 if num_tokens * num_heads >= 4 * PROGRAMS * PACKED_TOKENS else 1
     held, warps = (32, 8) if dropout else (plain.sweep.block_p, 4)       # with dropout 16 keys or 4 warps spill on sm_80 or sm_90
     sweep = TileConfig(16, PACKED_TOKENS, held if prompt_length else 0, warps, 1,
                        f"sequences that start in {windows * PACKED_TOKENS} tokens, {PACKED_TOKENS} keys held")
+    sweep = _measured("packed_sweep", shape, sweep)
     return PackedPlan(forward, sweep, longest, windows * PACKED_TOKENS, sweep.why)
 
 
@@ -253,6 +263,14 @@ def _relative_plan(max_seqlen: int, prompt_length: int, head_dim: int, itemsize:
     shape = _shape_class(max_seqlen, prompt_length, head_dim, itemsize, dropout)
     return RelativePlan(prefix=plain.prefix,
                         **{kernel: _measured(f"relative_{kernel}", shape, config) for kernel, config in tiles.items()})
+
+
+def listed_tiles(max_seqlen: int, num_sequences: int, num_tokens: int, num_heads: int, tile: int) -> int | None:
+    """Entries of a list of tiles (tile_list.py), or None where sequences are so alike that a grid of the longest one's tiles for
+    each makes few programs that find nothing to do."""
+    entries = (num_tokens + num_sequences * (tile - 1)) // tile + 1       # no sequence ends in more than one part of a tile
+    idle = (num_sequences * -(-max_seqlen // tile) - entries) * num_heads
+    return entries if idle >= IDLE_PROGRAMS else None
 
 
 def choose_splits(num_sequences: int, query_tiles: int, programs: int) -> tuple[int, int]:

@@ -52,8 +52,8 @@ class Target:
 
     @property
     def plain(self) -> str:
-        """The kernel's name without relative."""
-        return self.kernel.removeprefix("relative_")
+        """The kernel's name without relative and packed."""
+        return self.kernel.rsplit("_", 1)[-1]
 
 
 @dataclass
@@ -77,15 +77,16 @@ def label(kernel: str, config: Config) -> str:
 
 def targets(shape: Shape, kernels: Sequence[str]) -> list[Target]:
     """The kernels among these that calls of this shape launch."""
-    found = []
+    found: dict[Class, Target] = {}
     with forced({}):
         calls = tune_cases.calls(shape, "meta")
     for name, call in calls.items():
         with forced({}) as asked:
             launched = {launch.name for launch in recorded(call)}
-        found += [Target(shape, name, kernel, values, config) for (kernel, values), config in asked.items()
-                  if kernel in kernels and LAUNCHES[kernel][0] in launched]
-    return found
+        for (kernel, values), config in asked.items():
+            if kernel in kernels and LAUNCHES[kernel][0] in launched:
+                found.setdefault((kernel, values), Target(shape, name, kernel, values, config))
+    return list(found.values())
 
 
 def candidates(target: Target, changes: int) -> list[Config]:
@@ -235,6 +236,10 @@ def work(target: Target, config: Any) -> tuple[int, int]:
         return 0, 1
     shape, times = target.shape, lambda n, side: -(-n // side) if side else 0
     S, P = shape.S, shape.P
+    if target.kernel == "packed_forward":                    # a tile's rows, and the rest of the first and of the last sequence
+        keys = config.block_m + S
+        read = times(S, config.block_m) * 2 * (keys + P) * shape.D * (4 if shape.dtype == "fp32" else 2)
+        return read, times(keys, config.block_n) + times(P, config.block_p)
     rows, turns = {
         "sweep": lambda: (2 * S, times(S, config.block_m)),
         "dkdv": lambda: (times(S, config.block_n) * 2 * S, times(S, config.block_m)),

@@ -14,12 +14,14 @@ from torch import Tensor
 from ptv2_engine.compiled import recorded
 from ptv2_engine.errors import ConfigError
 from ptv2_engine.kernels import add_norm, disentangled_attention, embedding, prefix_attention
+from ptv2_engine.kernels.tuning import PACKED_TOKENS
 from ptv2_engine.ops.prefix_attention import TRITON_HEAD_DIMS, TWO_PASS_KEYS
 from ptv2_engine.testing import cu_seqlens_of
 
 # kernel of tile_table.FIELDS -> the functions that its tiles are for; the first one says that the kernel is there
 LAUNCHES = {"forward": ("forward_kernel",), "sweep": ("sweep_kernel",), "dq": ("dq_kernel",), "dkdv": ("dkdv_kernel",),
-            "prefix": ("prefix_grad_kernel", "reduce_kernel"), "relative_forward": ("relative_forward_kernel",),
+            "prefix": ("prefix_grad_kernel", "reduce_kernel"), "packed_forward": ("packed_forward_kernel",),
+            "packed_sweep": ("packed_sweep_kernel",), "relative_forward": ("relative_forward_kernel",),
             "relative_dq": ("relative_dq_kernel",), "relative_dkdv": ("relative_dkdv_kernel",),
             "rows": ("add_norm_fwd_kernel", "add_norm_bwd_kernel", "renorm_kernel", "embedding_kernel")}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -63,7 +65,7 @@ def named(name: str) -> Shape:
 
 def short() -> list[Shape]:
     """The classes that most NLU runs are in."""
-    plain = [Shape(S, P, 64, dropout=True) for S, P in ((64, 16), (128, 16), (512, 16), (128, 128))]
+    plain = [Shape(S, P, 64, dropout=True) for S, P in ((32, 16), (64, 16), (128, 16), (512, 16), (128, 128))]
     return [*plain, Shape(128, 32, 64, dropout=True, relative=True), Shape(H=768), Shape(H=1024)]
 
 
@@ -78,8 +80,8 @@ def full() -> list[Shape]:
 
 
 def lengths_of(shape: Shape) -> list[int]:
-    """A ragged batch: S, 3/4, 1/2 and 1/4 of it in turn, TOKENS together."""
-    turn = [max(1, shape.S * part // 4) for part in (4, 3, 2, 1)]
+    """A ragged batch of half the longest row on average: S, 1/2, 1/4 and 1/4 of it in turn, TOKENS together."""
+    turn = [max(1, shape.S * part // 4) for part in (4, 2, 1, 1)]
     found: list[int] = []
     left = TOKENS
     for length in itertools.cycle(turn):
@@ -93,7 +95,8 @@ def lengths_of(shape: Shape) -> list[int]:
 def calls(shape: Shape, device: str, seed: int = 0, **options: Any) -> dict[str, Call]:
     """Calls of the launchers on inputs of this shape: {"forward", "backward"} of an attention, {"both"} of row ops.
 
-    seed: of the numbers. options: _attention's. What backward takes from forward is made here.
+    Short rows with dropout come with their prefix kept too, since only those are packed. seed: of the numbers. options:
+    _attention's. What backward takes from forward is made here.
     """
     generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
@@ -102,7 +105,13 @@ def calls(shape: Shape, device: str, seed: int = 0, **options: Any) -> dict[str,
             return torch.empty(size, device=device, dtype=dtype)
         return torch.randn(size, device=device, generator=generator).to(dtype)
 
-    return _rows(shape, draw, device) if shape.H else _attention(shape, draw, device, **options)
+    if shape.H:
+        return _rows(shape, draw, device)
+    found = _attention(shape, draw, device, **options)
+    if shape.dropout and shape.P and not shape.relative and shape.S <= PACKED_TOKENS:
+        kept = _attention(shape, draw, device, **options | {"prefix_dropout": 0.0})
+        found |= {f"{name}, prefix kept": call for name, call in kept.items()}
+    return found
 
 
 def _attention(shape: Shape, draw: Callable[..., Tensor], device: str, dropout: float | None = None,

@@ -33,7 +33,7 @@ def test_shapes_have_names():
         assert tune_cases.named(str(shape)) == shape
     assert len(set(tune_cases.full())) == len(tune_cases.full()) and set(tune_cases.short()) <= set(tune_cases.full())
     lengths = tune_cases.lengths_of(SHAPE)
-    assert max(lengths) == 128 and lengths[:4] == [128, 96, 64, 32] and 16384 - 128 < sum(lengths) <= 16384
+    assert max(lengths) == 128 and lengths[:4] == [128, 64, 32, 32] and 16384 - 128 < sum(lengths) <= 16384
     assert set(tune_cases.lengths_of(tune_cases.named("S1-P0-D64-bf16"))) == {1}
 
 
@@ -191,11 +191,11 @@ def run_python(*arguments: str) -> str:
 
 
 def test_a_dry_run_shows_what_would_be_measured():
-    out = run_python("-m", "ptv2_engine.cli", "tune", "--kernels", "sweep", "--shapes", "S64-P16-D64-bf16", "--dry-run", "--arch",
-                     "90", "--jobs", "2")
+    out = run_python("-m", "ptv2_engine.cli", "tune", "--kernels", "sweep", "--shapes", "S128-P32-D64-bf16", "--dry-run",
+                     "--arch", "90", "--jobs", "2")
     lines = out.splitlines()
     assert lines[0].startswith("Left to measure on sm_90, the most promising first: 8 warps resident")
-    assert "sweep, S64-P16-D64-bf16" in lines and any("= 32x64x16, 4 warps, 1 stages" in line for line in lines)
+    assert "sweep, S128-P32-D64-bf16" in lines and any("= 32x128x32, 8 warps, 1 stages" in line for line in lines)
     assert any(line.startswith("   1 ") for line in lines)
 
 
@@ -208,7 +208,11 @@ from ptv2_engine import tune, tune_cases
 from ptv2_engine.kernels import tile_table, tuning
 from ptv2_engine.tune_candidates import Compiler, label, targets
 if __name__ == "__main__":
-    ran, tune_cases.TOKENS = [], 512
+    every = {target.kernel for name in ("S32-P16-D64-bf16-dropout", "S128-P32-D64-bf16", "S128-P32-D128-bf16", "H768",
+                                        "relative-S32-P16-D64-bf16")
+             for target in targets(tune_cases.named(name), list(tile_table.FIELDS))}
+    assert every == set(tile_table.FIELDS), every
+    ran, tune_cases.TOKENS = [], 256
     JITFunction.run = lambda self, *args, grid, warmup, **options: ran.append((self.__name__, options["num_warps"]))
     torch.Tensor.new_empty = torch.Tensor.new_zeros
     shape = tune_cases.named("S32-P16-D64-bf16")

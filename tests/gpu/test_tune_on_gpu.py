@@ -27,17 +27,17 @@ def forget():
 
 
 def test_a_table_is_measured_and_used(tmp_path, monkeypatch, forget, capsys):
-    shape = "S64-P16-D64-bf16"
+    shape = "S128-P32-D64-bf16"
     assert cli.main(["tune", "--kernels", "sweep", "--shapes", shape, "--jobs", "4", "--output", str(tmp_path)]) == 0
     path = tmp_path / tile_table.file_name(torch.cuda.get_device_name())
     row, = json.loads(path.read_text())["kernels"]["sweep"]
     assert row["shape"] == shape and 1 < row["us"] <= row["heuristic_us"] < 1e5 and 0.5 < row["a_a"] < 2
     assert f"sweep, {shape}: the heuristic's" in capsys.readouterr().out
     # whatever was faster, tiles of a table are used, and compute the same
-    row |= {"tiles": {"block_m": 16, "block_n": 64, "block_p": 16, "warps": 8, "stages": 1, "registers": None}}
+    row |= {"tiles": {"block_m": 16, "block_n": 128, "block_p": 32, "warps": 8, "stages": 1, "registers": None}}
     record = json.loads(path.read_text()) | {"kernels": {"sweep": [row]}}
     path.write_text(json.dumps(record))
     monkeypatch.setenv("PTV2_TUNING", str(tmp_path))
     forget()
-    assert tuning.choose(64, 16, 64, 2, 2, 120).sweep.warps == 8
-    check_attention(Attention((64, 56), 16, D=64, dtype=torch.bfloat16))
+    assert tuning.choose(128, 32, 64, 2, 2, 228).sweep.block_m == 16
+    check_attention(Attention((128, 100), 32, D=64, dtype=torch.bfloat16))

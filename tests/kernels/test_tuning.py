@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_checks import Attention, check_attention
 from ptv2_engine.kernels import tile_table, tuning
-from ptv2_engine.kernels.tuning import choose, choose_relative, choose_rows, choose_splits
+from ptv2_engine.kernels.tuning import PACKED_PROGRAMS, choose, choose_packed, choose_relative, choose_rows, choose_splits
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -147,15 +147,21 @@ def test_tables_in_the_package_are_ones_that_can_be_read():
 
 
 @pytest.mark.parametrize("case", [Attention((17, 40), 5, N=1, dtype=torch.float16, spare_rows=3),
-                                  Attention((70, 5), 36, N=1, dtype=torch.float16, dropout_p=0.2)])
+                                  Attention((17, 5, 30, 9), 5, N=1, dtype=torch.float16, packed=True),
+                                  Attention((20, 5), 33, N=1, dtype=torch.float16, dropout_p=0.2)])
 def test_kernels_compute_the_same_with_other_tiles(case):
     """Each side half of the heuristic's, as a table might say."""
+    numbers = (max(case.lengths), case.P, case.D, 2, len(case.lengths), sum(case.lengths))
     with tuning.forced({}) as asked:
-        plan = choose(max(case.lengths), case.P, case.D, 2, len(case.lengths), sum(case.lengths), case.dropout_p > 0)
-    other = {place: replace(config, block_m=max(16, config.block_m // 2),
-                            block_n=config.block_n if place[0] == "sweep" else max(16, config.block_n // 2),
-                            block_p=config.block_p if place[0] == "sweep" else 16) for place, config in asked.items()}
-    assert plan.forward not in other.values()
+        choose(*numbers, case.dropout_p > 0)
+        if case.packed:
+            choose_packed(*numbers, PACKED_PROGRAMS, case.dropout_p > 0)
+    other = {}
+    for (kernel, shape), config in asked.items():
+        held = kernel.endswith("sweep")                      # all keys of a row
+        other[kernel, shape] = replace(config, block_m=max(16, config.block_m // 2), warps=2 * config.warps,
+                                       block_n=config.block_n if held else max(16, config.block_n // 2),
+                                       block_p=config.block_p if held else 16)
     with tuning.forced(other) as asked:
         check_attention(case)
-    assert set(other) <= set(asked)
+    assert set(other) <= set(asked) and case.packed == any(kernel == "packed_sweep" for kernel, _ in asked)
