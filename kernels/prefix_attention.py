@@ -34,23 +34,24 @@ from ptv2_engine.kernels.attention_tile import (
     zero_rows,
 )
 from ptv2_engine.kernels.philox import PREFIX_K, PREFIX_PROB, PREFIX_V, TOKEN_PROB, threshold_arg
-from ptv2_engine.kernels.tuning import PackedPlan, choose, choose_packed, power_of_two, ranged
+from ptv2_engine.kernels.tile_list import grid, tile_list, work_item
+from ptv2_engine.kernels.tuning import PackedPlan, choose, choose_packed, power_of_two, tightened
 from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["T", "B", "P", "threshold", "prefix_threshold", "site"])
-def forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, context_B, key_range_T2, cu_seqlens, prompt_ids,
-                   prompt_lengths, seed,
+def forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, context_B, key_range_T2, items_L2, cu_seqlens,
+                   prompt_ids, prompt_lengths, seed,
                    q_row, k_row, v_row, pk_prompt, pk_row, pv_prompt, pv_row, T, B, P, N, scale, threshold, keep_scale,
                    prefix_threshold, prefix_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, DROPOUT: tl.constexpr, PREFIX_DROPOUT: tl.constexpr,
                    PRECISION: tl.constexpr):
-    tile, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, n, b, workers = work_item(items_L2)
     start = tl.load(cu_seqlens + b)
     out_row = N * D
     if b == B:
-        zero_rows(out_TND + n * D, start, T, out_row, tile, tl.num_programs(0), BLOCK_M, D, BLOCK_D)
-        for row in range(start + tile * BLOCK_M, T, tl.num_programs(0) * BLOCK_M):
+        zero_rows(out_TND + n * D, start, T, out_row, tile, workers, BLOCK_M, D, BLOCK_D)
+        for row in range(start + tile * BLOCK_M, T, workers * BLOCK_M):
             rows = tl.arange(0, BLOCK_M)
             tl.store(lse_NT + n.to(tl.int64) * T + row + rows, tl.zeros((BLOCK_M,), tl.float32), mask=rows < T - row)
         return
@@ -223,11 +224,13 @@ def prefix_attention_fwd(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prefix_k_K
             return out_TND, lse_NT
         dropout = fixed["DROPOUT"] or fixed["PREFIX_DROPOUT"]
         plan = choose(max_seqlen, run["P"], D, q_TND.element_size(), dropout=dropout)
-        tiles = (plan if key_range_T2 is None else ranged(plan, D, q_TND.element_size(), dropout)).forward
-        grid = (max(1, triton.cdiv(max_seqlen, tiles.block_m)), N, run["B"] + 1)
-        forward_kernel[grid](q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND, out_TND, lse_NT, context_B, key_range_T2, **run,
-                             **fixed,
-                             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_P=tiles.block_p, **tiles.launch)
+        items = tile_list(cu_seqlens, run, max_seqlen, plan.forward.block_m)
+        if items is not None or key_range_T2 is not None:
+            plan = tightened(plan, D, q_TND.element_size(), dropout)
+        tiles = plan.forward
+        forward_kernel[grid(items, run, max_seqlen, tiles.block_m)](
+            q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND, out_TND, lse_NT, context_B, key_range_T2, items, **run, **fixed,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_P=tiles.block_p, **tiles.launch)
     return out_TND, lse_NT
 
 
@@ -253,7 +256,7 @@ def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: 
     dropout = fixed["DROPOUT"] or fixed["PREFIX_DROPOUT"]
     plan = choose(max_seqlen, P, D, q_TND.element_size(), B, T, dropout)
     if key_range_T2 is not None:
-        plan = ranged(plan, D, q_TND.element_size(), dropout)
+        plan = tightened(plan, D, q_TND.element_size(), dropout)
     inputs = (dout_TND, q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND)
     packed = packed_plan(run, fixed, prefix_k_KPND, max_seqlen, q_TND.element_size(), key_range_T2)
     if plan.sweep is None or out_TND is not None or key_range_T2 is not None:

@@ -26,22 +26,23 @@ from ptv2_engine.kernels.attention_tile import (
     zero_rows,
 )
 from ptv2_engine.kernels.philox import PREFIX_K, PREFIX_PROB, PREFIX_V, TOKEN_PROB
+from ptv2_engine.kernels.tile_list import grid, tile_list, work_item
 from ptv2_engine.kernels.tuning import AttentionPlan
 from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["T", "B", "P", "threshold", "prefix_threshold", "site"])
 def dq_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT, dqkv_T3ND, delta_NT, context_B, key_range_T2,
-              cu_seqlens, prompt_ids, prompt_lengths, seed, q_row, k_row, v_row, pk_prompt, pk_row, pv_prompt, pv_row, T, B, P,
-              N, scale, threshold, keep_scale, prefix_threshold, prefix_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, DROPOUT: tl.constexpr,
+              items_L2, cu_seqlens, prompt_ids, prompt_lengths, seed, q_row, k_row, v_row, pk_prompt, pk_row, pv_prompt, pv_row,
+              T, B, P, N, scale, threshold, keep_scale, prefix_threshold, prefix_scale, site, D: tl.constexpr,
+              BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, DROPOUT: tl.constexpr,
               PREFIX_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, NEED_TOKENS: tl.constexpr):
-    tile, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, n, b, workers = work_item(items_L2)
     start = tl.load(cu_seqlens + b)
     grad_row = 3 * N * D
     if b == B:
         if NEED_TOKENS:
-            zero_rows(dqkv_T3ND + n * D, start, T, grad_row, tile, tl.num_programs(0), BLOCK_M, D, BLOCK_D)
+            zero_rows(dqkv_T3ND + n * D, start, T, grad_row, tile, workers, BLOCK_M, D, BLOCK_D)
         return
     length = tl.load(cu_seqlens + b + 1) - start
     first = tile * BLOCK_M
@@ -113,15 +114,15 @@ def dq_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_NT
 
 
 @triton.jit(do_not_specialize=["T", "B", "threshold", "site"])
-def dkdv_kernel(dout_TND, q_TND, k_TND, v_TND, lse_NT, delta_NT, dqkv_T3ND, context_B, key_range_T2, cu_seqlens, seed, q_row,
-                k_row, v_row, T, B, N, scale, threshold, keep_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def dkdv_kernel(dout_TND, q_TND, k_TND, v_TND, lse_NT, delta_NT, dqkv_T3ND, context_B, key_range_T2, items_L2, cu_seqlens, seed,
+                q_row, k_row, v_row, T, B, N, scale, threshold, keep_scale, site, D: tl.constexpr, BLOCK_D: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    tile, n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, n, b, workers = work_item(items_L2)
     start = tl.load(cu_seqlens + b)
     grad_row = 3 * N * D
     if b == B:
         for part in tl.static_range(1, 3):
-            zero_rows(dqkv_T3ND + (part * N + n) * D, start, T, grad_row, tile, tl.num_programs(0), BLOCK_N, D, BLOCK_D)
+            zero_rows(dqkv_T3ND + (part * N + n) * D, start, T, grad_row, tile, workers, BLOCK_N, D, BLOCK_D)
         return
     length = tl.load(cu_seqlens + b + 1) - start
     first = tile * BLOCK_N
@@ -160,15 +161,17 @@ def tokens_bwd(inputs: tuple, out_TND: Tensor | None, lse_NT: Tensor, dqkv_T3ND:
                plan: AttentionPlan, need_tokens: bool, ranges: tuple[Tensor | None, Tensor | None]) -> Tensor:
     """Fill dqkv [T, 3, N, D] if need_tokens and return delta [N, T]. inputs: dout, q, k, v, prefix_k, prefix_v; run and fixed:
     prefix_attention.plain_arguments; ranges: context_B, key_range_T2."""
-    N, B = run["N"], run["B"]
     delta_NT = torch.empty_like(lse_NT)
-    dq_kernel[(triton.cdiv(max_seqlen, plan.dq.block_m), N, B + 1)](
-        *inputs, out_TND, lse_NT, dqkv_T3ND, delta_NT, *ranges, **run, **fixed, BLOCK_M=plan.dq.block_m, BLOCK_N=plan.dq.block_n,
+    rows, keys = plan.dq.block_m, plan.dkdv.block_n
+    items = tile_list(run["cu_seqlens"], run, max_seqlen, rows)
+    dq_kernel[grid(items, run, max_seqlen, rows)](
+        *inputs, out_TND, lse_NT, dqkv_T3ND, delta_NT, *ranges, items, **run, **fixed, BLOCK_M=rows, BLOCK_N=plan.dq.block_n,
         BLOCK_P=plan.dq.block_p, NEED_TOKENS=need_tokens, **plan.dq.launch)
     if need_tokens:
+        items = items if keys == rows else tile_list(run["cu_seqlens"], run, max_seqlen, keys)
         names = ("cu_seqlens", "seed", "q_row", "k_row", "v_row", "T", "B", "N", "scale", "threshold", "keep_scale", "site")
-        dkdv_kernel[(triton.cdiv(max_seqlen, plan.dkdv.block_n), N, B + 1)](
-            *inputs[:4], lse_NT, delta_NT, dqkv_T3ND, *ranges, **{name: run[name] for name in names},
+        dkdv_kernel[grid(items, run, max_seqlen, keys)](
+            *inputs[:4], lse_NT, delta_NT, dqkv_T3ND, *ranges, items, **{name: run[name] for name in names},
             **{name: fixed[name] for name in ("D", "BLOCK_D", "DROPOUT", "PRECISION")}, BLOCK_M=plan.dkdv.block_m,
-            BLOCK_N=plan.dkdv.block_n, **plan.dkdv.launch)
+            BLOCK_N=keys, **plan.dkdv.launch)
     return delta_NT

@@ -149,8 +149,9 @@ def _heuristic(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int
     if itemsize == 4:
         keys = 16 if wide else 32
         block = TileConfig(keys, keys, min(prefix, keys), 8, 1, f"fp32 multiplies without tensor cores: {keys} x {keys} tiles")
-        dkdv, gradient = (replace(block, registers=128), replace(block, registers=255)) if dropout else (block, block)
-        return AttentionPlan(block, None, block, dkdv, gradient, False, block.why)
+        free = replace(block, registers=255) if dropout else block
+        dkdv = replace(block, registers=128) if dropout else block
+        return AttentionPlan(free, None, block, dkdv, free, False, block.why)
     keys, stages = (32, 1) if wide else (64, 2)
     forward = TileConfig(64, min(tokens, keys), min(prefix, keys // 2 if wide else keys), 4, stages,
                          f"a warp keeps 16 whole rows, keys stream by {keys}")
@@ -175,8 +176,9 @@ def _heuristic(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: int
                          f"{max_seqlen} + {prompt_length} keys of {head_dim} fit one block: one sweep, prefix gradient {where}")
 
 
-def ranged(plan: AttentionPlan, head_dim: int, itemsize: int, dropout: bool) -> AttentionPlan:
-    """The plan where queries do not see every token: unchanged, sm_80 spills 8 bytes in dq and sm_100 up to 16 in forward."""
+def tightened(plan: AttentionPlan, head_dim: int, itemsize: int, dropout: bool) -> AttentionPlan:
+    """The plan where queries have ranges or tiles come from a list: unchanged, sm_80 spills 8 bytes in dq, sm_100 up to 16 in
+    forward."""
     if itemsize == 4:
         return plan
     wide = head_dim > 64
@@ -217,7 +219,8 @@ def _packed_plan(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: i
     prefix = min(tile.block_p, streamed)
     if prefix and dropout and itemsize == 2:
         prefix = 32 if head_dim <= 64 else 16
-    capped = 168 if dropout and itemsize == 2 and head_dim <= 32 else None          # sm_100 spills 8 bytes for one more program
+    # sm_100 spills 8 bytes for one more program
+    capped = 168 if dropout and itemsize == 2 and head_dim <= 32 else tile.registers
     forward = replace(tile, block_n=streamed, block_p=prefix, registers=capped,
                       why=f"{tile.block_m} packed rows, {streamed} packed keys")
     forward = _measured("packed_forward", shape, forward)

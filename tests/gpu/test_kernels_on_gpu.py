@@ -77,6 +77,15 @@ def test_attention_dropout(lengths, P, dtype):
 
 
 @pytest.mark.parametrize("dtype", [bf16, fp16])
+def test_one_long_sequence_among_short_ones(dtype):
+    """Tiles come from a list, by choice for the second batch, and because its lengths say so for the first."""
+    check_attention(Attention((*(9,) * 90, 1200, *(70,) * 20), 64, N=4, D=64, dtype=dtype, spare_rows=300, dropout_p=0.1))
+    case = Attention((3, 700, 0, 130, 700), 20, N=2, D=80, dtype=dtype, spare_rows=70, listed=True)
+    check_attention(case)
+    check_attention(mixed_prompts(replace(case, dropout_p=0.1, prefix_dropout_p=0.1, seen="causal", keep_out=True)))
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16])
 def test_attention_of_long_rows(dtype):
     check_attention(Attention((1500, 33, 2048), 128, N=2, D=64, dtype=dtype, keep_out=True))
     check_attention(Attention((1024,), 200, N=2, D=128, dtype=dtype, keep_out=True, dropout_p=0.1, prefix_dropout_p=0.1))
@@ -137,7 +146,8 @@ def test_many_sequences():
 @pytest.mark.parametrize("case", [Attention((64,) * 40, 16, N=8, D=64, dtype=bf16),
                                   Attention((128, 100, 7) * 12, 64, N=8, D=64, dtype=bf16),
                                   Attention((900, 40), 128, N=8, D=64, dtype=bf16, keep_out=True),
-                                  Attention(SHORT * 4, 20, N=8, D=64, dtype=bf16, packed=True)])
+                                  Attention(SHORT * 4, 20, N=8, D=64, dtype=bf16, packed=True),
+                                  Attention((900, 40, 17, 300, 1), 64, N=8, D=64, dtype=bf16, listed=True)])
 def test_bitwise_determinism(case):
     case = replace(case, dropout_p=0.1, prefix_dropout_p=0.0 if case.packed else 0.1)
     given = attention_inputs(case)

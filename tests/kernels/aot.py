@@ -63,6 +63,17 @@ def short_rows(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.0,
     prefix_attention.prefix_attention_bwd(torch.zeros_like(out), q, k, v, *prefix, None, lse, *plain, need_tokens, P > 0)
 
 
+def unlike_rows(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.0) -> None:
+    """Forward and backward of 64 sequences of up to S tokens, S / 8 on average: their tiles come from a list."""
+    B, N, T = 64, 12, 8 * S
+    q, k, v = torch.zeros(T, 3, N, D, dtype=dtype).unbind(1)
+    prefix = [torch.zeros(1, P, N, D, dtype=dtype) for _ in range(2)] if P else [None, None]
+    plain = (torch.zeros(B + 1, dtype=torch.int32), S, None, None, 0.125, dropout, dropout, torch.zeros(1, dtype=torch.int64), 3,
+             None, None)
+    out, lse = prefix_attention.prefix_attention_fwd(q, k, v, *prefix, *plain)
+    prefix_attention.prefix_attention_bwd(torch.zeros_like(out), q, k, v, *prefix, None, lse, *plain, True, P > 0)
+
+
 def row_ops(H: int, dtype: torch.dtype, dropout: float) -> None:
     x, weight, seed = torch.zeros(8, H, dtype=dtype), torch.zeros(H, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     ids = torch.zeros(8, dtype=torch.int64)
@@ -133,6 +144,10 @@ CASES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "short S64 P20 D64 bf16 dropout": (lambda: short_rows(64, 20, 64, bf16, 0.1), (80, 90, 100)),
     "short S32 P5 D32 fp16 dropout, no dqkv": (lambda: short_rows(32, 5, 32, fp16, 0.1, False), (90, 100)),
     "short S64 P128 D128 bf16 dropout": (lambda: short_rows(64, 128, 128, bf16, 0.1), (80, 90)),
+    "unlike S512 P16 D64 bf16": (lambda: unlike_rows(512, 16, 64, bf16), (80, 90, 100)),
+    "unlike S512 P128 D64 bf16 dropout": (lambda: unlike_rows(512, 128, 64, bf16, 0.1), (80, 90)),
+    "unlike S512 P20 D80 bf16 dropout": (lambda: unlike_rows(512, 20, 80, bf16, 0.1), (80, 90)),
+    "S512 P20 D64 fp32 dropout": (lambda: attention(512, 20, 64, fp32, 0.1), (90, 100)),
     "S128 P20 D80 bf16 dropout, ranges": (lambda: attention(128, 20, 80, bf16, 0.1, ranged=True), (80, 100)),
     "DeBERTa S128 P20 D64 bf16": (lambda: disentangled(128, 20, 64, bf16), (80, 90, 100)),
     "DeBERTa S512 P20 D64 bf16 dropout": (lambda: disentangled(512, 20, 64, bf16, 0.1), (80, 90)),

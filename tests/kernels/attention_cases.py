@@ -45,4 +45,5 @@ def cases(draw: st.DrawFn) -> Attention:
         prompt_ids=ids, prompt_lengths=prompt_lengths, dropout_p=draw(rates), prefix_dropout_p=0.0 if packed else draw(rates),
         dtype=draw(st.sampled_from([torch.float16] * 3 + [torch.float32])), spare_rows=spare_rows,
         keep_out=draw(st.booleans()), packed=packed,
+        listed=not packed and draw(st.booleans()),
         seen=None if packed else draw(st.sampled_from([None, None, "causal", "candidates", "window"])))

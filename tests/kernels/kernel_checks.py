@@ -181,6 +181,7 @@ class Attention:
     seen: str | None = None        # "causal", "candidates" (both with a context) or "window"; None: all tokens
     site: int = 5
     packed: bool = False           # several short sequences a program, however few there are
+    listed: bool = False           # tiles in a list, however alike the lengths are
 
 
 def attention_inputs(case: Attention) -> dict[str, Any]:
@@ -234,11 +235,12 @@ def attention_reference(case: Attention, given: dict[str, Any], precision: torch
 
 
 @contextmanager
-def packing(case: Attention, package: str) -> Iterator[None]:
-    """Inside, kernels take several sequences a program if the case wants that: batches this small would not."""
+def chosen(case: Attention, package: str) -> Iterator[None]:
+    """Inside, kernels take several sequences a program or lists of tiles if the case wants that: batches this small would not."""
     tuning = kernel("tuning", package)
-    before = tuning.PACKED_PROGRAMS
-    tuning.PACKED_PROGRAMS = 0 if case.packed else before
+    before = tuning.PACKED_PROGRAMS, tuning.IDLE_PROGRAMS
+    tuning.PACKED_PROGRAMS = 0 if case.packed else before[0]
+    tuning.IDLE_PROGRAMS = -10**9 if case.listed else before[1]
     plan = tuning.choose_packed(max(case.lengths, default=0), case.P, case.D, case.dtype.itemsize, len(case.lengths),
                                 sum(case.lengths) + case.spare_rows, case.N, case.dropout_p > 0)
     try:
@@ -246,7 +248,7 @@ def packing(case: Attention, package: str) -> Iterator[None]:
             raise ValueError(f"{case}: the packed kernels {'would not' if case.packed else 'would'} take this")
         yield
     finally:
-        tuning.PACKED_PROGRAMS = before
+        tuning.PACKED_PROGRAMS, tuning.IDLE_PROGRAMS = before
 
 
 def run_attention(case: Attention, given: dict[str, Any], package: str = KERNELS, need_tokens: bool = True,
@@ -256,7 +258,7 @@ def run_attention(case: Attention, given: dict[str, Any], package: str = KERNELS
     q, k, v = given["qkv"].unbind(1)
     plain = (given["cu_seqlens"], given["max_seqlen"], given["prompt_ids"], given["prompt_lengths"], case.D**-0.5, case.dropout_p,
              case.prefix_dropout_p, given["seed"], case.site, *given["ranges"])
-    with poisoned_memory(poison), packing(case, package):
+    with poisoned_memory(poison), chosen(case, package):
         out, lse = module.prefix_attention_fwd(q, k, v, *given["prefix"], *plain)
         grads = module.prefix_attention_bwd(given["dout"], q, k, v, *given["prefix"], out if case.keep_out else None, lse, *plain,
                                             need_tokens, need_prefix)

@@ -51,7 +51,8 @@ def test_kernels_compile_without_spills(capsys):
         print()
         for row in [{name: name for name in COLUMNS}, *rows]:
             print(" ".join(f"{row[name]:>{width}}" for name, width in COLUMNS.items()))
-    assert seen == {*ATTENTION, "reduce_kernel", "add_norm_fwd_kernel", "add_norm_bwd_kernel", "renorm_kernel",
+    assert seen == {*ATTENTION, "reduce_kernel", "tile_list_kernel", "add_norm_fwd_kernel", "add_norm_bwd_kernel",
+                    "renorm_kernel",
                     "embedding_kernel", "gelu_kernel", "gelu_bwd_kernel", "gelu_packed_kernel", "gelu_packed_bwd_kernel",
                     "rotary_kernel", "geglu_fwd_kernel", "geglu_bwd_kernel", "dequantise_rows_kernel", "dequantise_nf4_kernel"}
     assert not (wrong := check(rows)), "\n".join(wrong)

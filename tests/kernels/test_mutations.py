@@ -31,6 +31,7 @@ def relative(package: str) -> None:
 
 dropped_fused = Attention((17, 25), 5, N=1, dtype=fp16, prefix_dropout_p=0.3)
 packed = Attention((40, 17, 0, 5, 30, 1), 5, N=1, dtype=fp16, spare_rows=3, packed=True)
+listed = Attention((17, 70, 17), 36, N=1, dtype=fp16, spare_rows=300, listed=True)
 packed_dropped = Attention((9, 17, 5), 5, N=1, dtype=fp16, dropout_p=0.3, packed=True)
 
 
@@ -175,6 +176,9 @@ MUTATIONS = {
     "packed sweep: delta without the prefix": (
         "prefix_attention_short", "delta += tl.sum(p_probs * p_dprobs, 0)", "delta += 0.0", attention(packed)),
     "sum of partials: one window left out": ("prefix_grad", "mine = rows < C", "mine = rows < C - 1", attention(packed)),
+    "list: a sequence's first tile again and again": ("tile_list", "t + 0 * mine", "0 * t + 0 * mine", attention(listed)),
+    "list: what is left over clears only a part": (
+        "tile_list", "rows - used, mask", "rows - used + 1, mask", attention(listed)),
     "relative: the band is read one column off": (
         "disentangled_band", "tl.arange(0, BLOCK_N)[None, :] + (BLOCK_N - 1)\n\n", "tl.arange(0, BLOCK_N)[None, :] + BLOCK_N\n\n",
         relative),
@@ -224,7 +228,7 @@ def test_the_check_fails(title, tmp_path, monkeypatch):
             del sys.modules[module]
 
 
-@pytest.mark.parametrize("case", [plain, fused, apart, long, dropped, dropped_fused, packed, packed_dropped],
+@pytest.mark.parametrize("case", [plain, fused, apart, long, dropped, dropped_fused, packed, packed_dropped, listed],
                          ids=lambda case: str(case.lengths))
 def test_the_same_checks_pass_on_the_kernels_themselves(case):
     check_attention(case)

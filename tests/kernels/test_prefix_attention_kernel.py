@@ -9,7 +9,9 @@ import torch
 from attention_cases import cases, examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_checks import Attention, attention_inputs, check_attention, kernel, mixed_prompts, run_attention
+from kernel_checks import DEVICE, Attention, attention_inputs, check_attention, kernel, mixed_prompts, run_attention
+
+from ptv2_engine.testing import cu_seqlens_of, poisoned_memory
 
 fp16, fp32 = torch.float16, torch.float32
 
@@ -41,6 +43,27 @@ two_groups = (60, 0, 5, 5, 4, *(1,) * 10, 40, 20, 4, 1)                 # what s
     Attention(ragged, 5, N=1, dtype=fp16, K=3, prompt_lengths=(3, 5, 5)), Attention((0, 0, 7), 5, N=1, dtype=fp16)])
 def test_several_short_sequences_a_program(case):
     check_attention(replace(case, packed=True))
+
+
+@pytest.mark.parametrize("case", [
+    Attention((5, 0, 130, 1), 5, N=2, dtype=fp16, spare_rows=3), Attention((5, 70), 33, N=1, dtype=fp16, spare_rows=200),
+    Attention((33, 0, 70), 5, N=1, dtype=fp16, seen="window", keep_out=True), Attention((0,), 5, N=2, dtype=fp16, spare_rows=70)])
+def test_tiles_in_a_list(case):
+    check_attention(replace(case, listed=True), partly=False)
+
+
+@pytest.mark.parametrize("lengths, tile, spare", [((5, 130, 0, 64, 65, 130, 1), 64, 9), ((1,) * 150, 16, 0), ((), 16, 5),
+                                                  ((0, 0), 32, 0)])
+def test_the_list_holds_every_tile_once_the_longest_sequences_first(lengths, tile, spare, monkeypatch):
+    monkeypatch.setattr(kernel("tuning"), "IDLE_PROGRAMS", -10**9)
+    run = {"B": len(lengths), "T": sum(lengths) + spare, "N": 1}
+    cu_seqlens = cu_seqlens_of(list(lengths), DEVICE)
+    with poisoned_memory():
+        found = kernel("tile_list").tile_list(cu_seqlens, run, max(lengths, default=0), tile).tolist()
+    order = sorted(range(len(lengths)), key=lambda b: (-lengths[b], b))
+    wanted = [[b, t] for b in order for t in range(-(-lengths[b] // tile))]
+    assert found[:len(wanted)] == wanted
+    assert found[len(wanted):] == [[len(lengths), i] for i in range(len(found) - len(wanted))] != []
 
 
 def test_windows_of_several_groups(monkeypatch):
