@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ptv2_engine import tune_cases
-from ptv2_engine.compiled import SHARED_LIMIT, compile_launch, recorded
+from ptv2_engine.compiled import SHARED_LIMIT, Launch, compile_launch, recorded
 from ptv2_engine.kernels.tile_table import FIELDS, Class, sides
 from ptv2_engine.kernels.tuning import forced
-from ptv2_engine.tune_cases import LAUNCHES, Call, Shape
+from ptv2_engine.tune_cases import LAUNCHES, Shape
 
 Config = Any                                                 # tuning.TileConfig or tuning.RowConfig
 REGISTERS, ENOUGH_WARPS = 65536, 8                           # of a multiprocessor; two warps for each of its four schedulers
@@ -134,21 +134,26 @@ def compile_candidate(target: Target, sm: int, config: Config, variant: int | No
     with forced({target.place: config}):
         calls = (tune_cases.calls(target.shape, "meta") if variant is None else
                  next(itertools.islice(tune_cases.variants(target.shape), variant, None)))
-        return _compiled(target, config, calls, sm)
+        return _compiled(target, config, [launch for launch in recorded(calls[target.call])
+                                          if launch.name in LAUNCHES[target.kernel]], sm, variant is None)
 
 
-def _compiled(target: Target, config: Config, calls: Mapping[str, Call], sm: int) -> Candidate:
+def _compiled(target: Target, config: Config, launches: Sequence[Launch], sm: int, exact: bool) -> Candidate:
+    """exact: the launches have these very tiles, which a launcher may change in some of the class's other calls."""
     result = Candidate(config)
-    for launch in recorded(calls[target.call]):
-        if launch.name in LAUNCHES[target.kernel]:
-            try:
-                used = compile_launch(launch, sm)
-            except Exception as error:                       # whatever a compiler raises: these tiles are not for this card
-                lines = str(error).strip().splitlines()
-                result.dropped = f"does not compile: {(lines or [type(error).__name__])[0][:100]}"
-                return result
-            result.registers, result.shared = max(result.registers, used["registers"]), max(result.shared, used["shared"])
-            result.dropped = result.dropped or dropped_for(used, sm)
+    for launch in launches:
+        given = (launch.keywords["num_warps"], launch.keywords.get("BLOCK_M", getattr(config, "block_m", None)))
+        if exact and launch.name == LAUNCHES[target.kernel][0] and given != (config.warps, getattr(config, "block_m", None)):
+            result.dropped = "the launcher changes these tiles"
+            return result
+        try:
+            used = compile_launch(launch, sm)
+        except Exception as error:                           # whatever a compiler raises: these tiles are not for this card
+            lines = str(error).strip().splitlines()
+            result.dropped = f"does not compile: {(lines or [type(error).__name__])[0][:100]}"
+            return result
+        result.registers, result.shared = max(result.registers, used["registers"]), max(result.shared, used["shared"])
+        result.dropped = result.dropped or dropped_for(used, sm)
     return result
 
 

@@ -116,11 +116,11 @@ def calls(shape: Shape, device: str, seed: int = 0, **options: Any) -> dict[str,
 
 def _attention(shape: Shape, draw: Callable[..., Tensor], device: str, dropout: float | None = None,
                prefix_dropout: float | None = None, ids: torch.dtype | None = None, ranged: bool = False, keep_out: bool = False,
-               need_tokens: bool = True) -> dict[str, Call]:
+               need_tokens: bool = True, lengths: list[int] | None = None) -> dict[str, Call]:
     """dropout, prefix_dropout: instead of the shape's. ids: several prompts, by ids of this dtype. ranged: not every token is
-    seen (only sizes). keep_out: backward reads the output. need_tokens: as the launchers'."""
+    seen (only sizes). keep_out: backward reads the output. need_tokens: as the launchers'. lengths: not lengths_of(shape)."""
     S, P, D = shape.S, shape.P, shape.D
-    N, K, lengths = max(1, HIDDEN // D), 1 if ids is None else 3, lengths_of(shape)
+    N, K, lengths = max(1, HIDDEN // D), 1 if ids is None else 3, lengths or lengths_of(shape)
     T, B = sum(lengths), len(lengths)
     q, k, v = draw(T, 3, N, D).unbind(1)
     prefix = [draw(K, P, N, D) for _ in range(2)] if P else [None, None]
@@ -167,7 +167,8 @@ def variants(shape: Shape) -> Iterator[dict[str, Call]]:
     if shape.H:
         yield {"both": lambda: _all_rows(shape.H)}
         return
-    options: list[dict[str, Any]] = [{"need_tokens": False}]
+    # sequences that are alike, and so many that the launchers list their tiles
+    options: list[dict[str, Any]] = [{"need_tokens": False}, {"lengths": [shape.S] * 2}, {"lengths": lengths_of(shape) * 16}]
     options += [{"ids": dtype} for dtype in (torch.int32, torch.int64)] if shape.P else []
     options += [{"dropout": 0.0}, {"prefix_dropout": 0.0}] if shape.dropout and shape.P else []
     options += [] if shape.relative else [{"ranged": True}, {"keep_out": True}]
