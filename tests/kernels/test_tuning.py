@@ -10,7 +10,15 @@ import pytest
 import torch
 from kernel_checks import Attention, check_attention
 from ptv2_engine.kernels import tile_table, tuning
-from ptv2_engine.kernels.tuning import PACKED_PROGRAMS, choose, choose_packed, choose_relative, choose_rows, choose_splits
+from ptv2_engine.kernels.tuning import (
+    PACKED_PROGRAMS,
+    choose,
+    choose_packed,
+    choose_relative,
+    choose_rows,
+    choose_splits,
+    listed_tiles,
+)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -26,6 +34,35 @@ def test_tiles_are_what_the_kernels_can_take(itemsize):
         if plan.sweep:
             assert plan.sweep.block_n >= S and plan.sweep.block_p >= P
         assert plan.why and (not plan.fuse_prefix or plan.sweep)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_packed_tiles_are_what_the_kernels_can_take(itemsize):
+    for S, P, D, dropout in product((1, 17, 32, 64), (0, 1, 20, 32, 33, 200), (16, 64, 80, 128), (False, True)):
+        plan = choose_packed(S, P, D, itemsize, 2048, 2048 * S // 2, 12, dropout)
+        sizes = [n for n in (plan.forward.block_m, plan.forward.block_n, plan.forward.block_p) if n]
+        assert all(n >= 16 and n & (n - 1) == 0 for n in sizes) and (plan.forward.block_p > 0) == (P > 0)
+        assert S <= plan.longest <= 64 and plan.why
+        if plan.sweep:
+            assert plan.sweep.block_n >= S and plan.sweep.block_p >= P and plan.window in (64, 128)
+
+
+def test_rows_are_packed_where_most_of_a_tile_would_be_empty():
+    def packed(S, sequences, tokens, heads=12):
+        return choose_packed(S, 16, 64, 2, sequences, tokens, heads) is not None
+
+    assert packed(64, 64, 64 * 32) and packed(40, 512, 512 * 12)
+    assert not packed(65, 64, 64 * 32) and not packed(64, 64, 64 * 33) and not packed(0, 64, 0)
+    assert not packed(64, 8, 8 * 20), "so few programs run side by side anyway"
+
+
+def test_tiles_are_listed_where_lengths_are_far_apart():
+    assert listed_tiles(128, 128, 128 * 128, 16, 64) is None, "one length: every tile of the grid is there"
+    assert listed_tiles(512, 4, 700, 12, 64) is None, "a launch more than it saves"
+    assert listed_tiles(512, 128, 128 * 128, 16, 64) == (128 * 128 + 128 * 63) // 64 + 1
+    for lengths in ((1,) * 100, (64,) * 100, (65,) * 100, (63, 129, 0)):
+        entries = listed_tiles(10**6, len(lengths), sum(lengths), 16, 64)
+        assert sum(-(-n // 64) for n in lengths) < entries, "no entry left for the rows past the last sequence"
 
 
 def test_long_rows_never_take_the_sweep():
