@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -191,7 +192,8 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     if args.markdown:
-        args.markdown.write_text(markdown(rows, triton.__version__, " ".join(["python tests/kernels/aot.py", *sys.argv[1:]])))
+        command = shlex.join(["python", "tests/kernels/aot.py", *sys.argv[1:]])
+        args.markdown.write_text(markdown(rows, triton.__version__, command))
 
 
 if __name__ == "__main__":

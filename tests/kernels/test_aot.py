@@ -8,17 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import triton
+from compiled_table import differences, markdown, parsed
+
 import ptv2_engine
 from ptv2_engine.compiled import SHARED_LIMIT
 
+TABLE = Path(__file__).parents[2] / "docs" / "compiled.md"
 COLUMNS = {"case": 34, "kernel": 23, "tiles": 9, "warps": 5, "sm": 3, "registers": 9, "stack": 5, "shared": 6, "matrix": 11}
 MATRIX = {80: "mma.sync", 90: "mma", 100: "mma"}
 ATTENTION = ("forward_kernel", "sweep_kernel", "dq_kernel", "dkdv_kernel", "prefix_grad_kernel", "relative_forward_kernel",
              "relative_dq_kernel", "relative_dkdv_kernel", "packed_forward_kernel", "packed_sweep_kernel")
 
 
-def compiled() -> list[dict]:
-    """The rows of aot.py, from a process that does not interpret."""
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """Those of aot.py, from a process that does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(ptv2_engine.__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
@@ -44,8 +50,7 @@ def check(rows: list[dict]) -> list[str]:
     return wrong
 
 
-def test_kernels_compile_without_spills(capsys):
-    rows = compiled()
+def test_kernels_compile_without_spills(rows, capsys):
     seen = {row["kernel"] for row in rows}
     with capsys.disabled():
         print()
@@ -56,6 +61,23 @@ def test_kernels_compile_without_spills(capsys):
                     "embedding_kernel", "gelu_kernel", "gelu_bwd_kernel", "gelu_packed_kernel", "gelu_packed_bwd_kernel",
                     "rotary_kernel", "geglu_fwd_kernel", "geglu_bwd_kernel", "dequantise_rows_kernel", "dequantise_nf4_kernel"}
     assert not (wrong := check(rows)), "\n".join(wrong)
+
+
+def test_the_committed_table_is_what_is_compiled(rows):
+    version, table = parsed(TABLE.read_text())
+    if version != triton.__version__:
+        pytest.skip(f"docs/compiled.md is of Triton {version}, and {triton.__version__} is installed")
+    wrong = differences(rows, table)
+    assert not wrong, "\n".join([*wrong, "make it anew: python tests/kernels/aot.py 80,90,100 --markdown docs/compiled.md"])
+    assert {row["case"] for row in table} == {row["case"] for row in rows} and {row["sm"] for row in table} == {80, 90, 100}
+
+
+def test_a_row_that_is_not_the_tables_is_named(rows):
+    assert parsed(markdown(rows, "3.6.0", "a command")) == ("3.6.0", [
+        {name: value for name, value in row.items() if name != "local"} for row in sorted(rows, key=lambda row: row["sm"])])
+    changed = [rows[0] | {"stack": 8}, rows[1] | {"registers": 1}, rows[2] | {"tiles": "16x16"}, *rows[3:]]
+    wrong = differences(changed, rows)
+    assert len(wrong) == 2 and "stack, shared, matrix are [8, " in wrong[0] and "no such row" in wrong[1]
 
 
 def test_the_check_names_a_spill_and_too_much_shared_memory():
