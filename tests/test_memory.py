@@ -223,7 +223,7 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path, capsys):
 @native
 def test_the_command_measures(capsys):
     code, out, _ = run(capsys, "--family", "bert", "--layers", "3", "--hidden-size", "64", "--heads", "4", "--vocab-size", "300",
-                       "--ffn-size", "256", "--batch-size", "4", "--seq-len", "64", "--device", "cpu", "--measure")
+                       "--ffn-size", "256", "--batch-size", "16", "--seq-len", "128", "--device", "cpu", "--measure")
     assert code == 0 and "predicted" in out and "measured" in out
     assert abs(float(out.rsplit("CPU: ", 1)[1].split(" %")[0])) < 2
 

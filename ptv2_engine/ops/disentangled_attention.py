@@ -107,6 +107,7 @@ class _Disentangled(torch.autograd.Function):
         need_tokens = ctx.needs_input_grad[0]
         need_prefix = pk is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         bwd = launcher(ctx.backend, dout.device, "disentangled_attention_bwd")
+        scratch = prefix_attention.planned_partials(ctx.backend, pk if need_prefix else None, ctx.plain[0])  # noqa: F841
         dqkv, dpk, dpv = bwd(dout.contiguous(), *qkv.unbind(1), pk, pv, *ctx.tables, out, lse, *ctx.plain, need_tokens,
                              need_prefix)
         return dqkv if need_tokens else None, dpk if need_prefix else None, dpv if need_prefix else None, None, None, None

@@ -4,7 +4,7 @@
 
 The prefix is one copy for the whole batch, [K, P, N, D] for K prompts: it is never expanded over sequences nor
 concatenated to the keys, and its gradient is summed over the batch inside the kernel in a fixed order.
-Saved for backward: q, k, v (6H bytes a token in bf16) and the log-sum-exp (4N). On Triton, rows of more than TWO_PASS_KEYS keys
+Saved for backward: q, k, v (6H bytes a token in bf16) and the log-sum-exp (4N). On a GPU, rows of more than TWO_PASS_KEYS keys
 also keep their output (2H): a kernel that streams keys needs rowsum(dO * O) before it has seen the whole row, and else passes
 over the keys twice.
 When q, k, v need no gradient (the lowest prompted layer) only dPk and dPv are computed.
@@ -24,7 +24,7 @@ from torch import Tensor
 from ptv2_engine import _cuda
 from ptv2_engine.errors import InputError
 from ptv2_engine.ops import _philox
-from ptv2_engine.ops._dispatch import choose, describe, launcher
+from ptv2_engine.ops._dispatch import choose, describe, launcher, readable
 
 TWO_PASS_KEYS = 2048
 TRITON_HEAD_DIMS = (16, 32, 64, 80, 96, 128)
@@ -134,10 +134,21 @@ def key_ranges(cu_seqlens: Tensor, num_tokens: int, *, causal_from: Tensor | Non
     return context.int(), torch.stack((low, high), 1).int()
 
 
+def planned_partials(backend: str, prefix_KPND: Tensor | None, cu_seqlens: Tensor) -> Tensor | None:
+    """While memory is planned, as much memory as the C++ kernels take for a moment for partial sums of the prefix's gradient: a
+    planner sees what Python allocates. csrc/cpu/register_attention.cpp: about 16 runs of sequences of one prompt."""
+    if backend != "native" or prefix_KPND is None or readable(prefix_KPND):
+        return None
+    K, P, N, D = prefix_KPND.shape
+    runs = min(cu_seqlens.shape[0] - 1, 16 + K - 1)
+    return prefix_KPND.new_empty((2, runs, P, N, D), dtype=torch.float32)
+
+
 def _backward(ctx: Any, dout_TND: Tensor, need_tokens: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     q, k, v, pk, pv, out, lse = ctx.saved_tensors
     need_prefix = pk is not None and (ctx.needs_input_grad[ctx.prefix_at] or ctx.needs_input_grad[ctx.prefix_at + 1])
     bwd = launcher(ctx.backend, dout_TND.device, "prefix_attention_bwd")
+    scratch = planned_partials(ctx.backend, pk if need_prefix else None, ctx.plain[0])  # noqa: F841  counted while bwd runs
     dqkv, dpk, dpv = bwd(dout_TND.contiguous(), q, k, v, pk, pv, out, lse, *ctx.plain, need_tokens, need_prefix)
     return dqkv, dpk if need_prefix else None, dpv if need_prefix else None
 
@@ -145,7 +156,7 @@ def _backward(ctx: Any, dout_TND: Tensor, need_tokens: bool) -> tuple[Tensor, Te
 def _forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pk: Tensor | None, pv: Tensor | None, plain: tuple[Any, ...],
              backend: str, prefix_at: int) -> Tensor:
     out, lse = launcher(backend, q.device, "prefix_attention_fwd")(q, k, v, pk, pv, *plain)
-    long = backend == "triton" and plain[1] + (0 if pk is None else pk.shape[1]) > TWO_PASS_KEYS
+    long = backend in ("triton", "cuda") and plain[1] + (0 if pk is None else pk.shape[1]) > TWO_PASS_KEYS
     ctx.save_for_backward(q, k, v, pk, pv, out if long else None, lse)
     ctx.plain, ctx.backend, ctx.prefix_at = plain, backend, prefix_at
     return out
@@ -242,7 +253,7 @@ def _run(tokens: tuple[Tensor, ...], pk: Tensor | None, pv: Tensor | None, cu_se
     seed = _philox.seed_tensor(seed, q.device, dropout_p > 0 or prefix_dropout_p > 0)
     extra = extra_reasons(q.shape[2])
     if q.device.type == "cuda":
-        extra["cuda"] = _cuda.shape_reasons(q.shape[2], 0 if pk is None else pk.shape[1], max_seqlen, key_range_T2 is not None)
+        extra["cuda"] = _cuda.shape_reasons(q.shape[2], 0 if pk is None else pk.shape[1], key_range_T2 is not None)
     choice = choose("prefix_attention", q.device, q.dtype, extra)
     if choice.backend == "reference":
         return reference(q, k, v, pk, pv, cu_seqlens, max_seqlen, prompt_ids=prompt_ids, prompt_lengths=prompt_lengths,
