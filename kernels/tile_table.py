@@ -3,15 +3,17 @@
 A file says how it was made (device, date, command, versions, commit) and holds, for each kernel, a row for each shape class:
 
     {"itemsize": 2, "head_dim": 64, "tokens": 128, "prompt": 16, "dropout": true, "tiles": {"block_m": ...}, "us": ...,
-     "heuristic_us": ..., "a_a": ...}
+     "heuristic_us": ..., "a_a": ..., "sources": ...}
 
-tokens and prompt are powers of two, the upper ends of their buckets (0: no prefix); tiles null: the heuristic's were not beaten.
+tokens and prompt are powers of two, the upper ends of their buckets (0: no prefix); tiles null: the heuristic's were not beaten;
+sources: of the kernel as it was measured. Other code may want other tiles, or not fit a card with these, so it ignores the row.
 PTV2_TUNING=off leaves the files alone; PTV2_TUNING=FOLDER reads those in a folder instead of the package's.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -31,6 +33,13 @@ FIELDS: dict[str, tuple[str, ...]] = {
 TILES: dict[str, tuple[str, ...]] = {
     kernel: ("rows", "warps") if kernel == "rows" else ("block_m", "block_n", "block_p", "warps", "stages", "registers")
     for kernel in FIELDS}
+
+# where a kernel is, in this folder
+_MODULES = {"forward": ("prefix_attention",), "sweep": ("prefix_attention",), "dq": ("prefix_attention_long",),
+            "dkdv": ("prefix_attention_long",), "prefix": ("prefix_grad",), "packed_forward": ("prefix_attention_short",),
+            "packed_sweep": ("prefix_attention_short",), "relative_forward": ("disentangled_attention",),
+            "relative_dq": ("disentangled_attention_bwd",), "relative_dkdv": ("disentangled_attention_bwd",),
+            "rows": ("add_norm", "embedding")}
 
 Class = tuple[str, tuple[int, ...]]                # kernel, the values of its FIELDS
 Tiles = dict[str, Any]                             # the values of its TILES, and why
@@ -53,6 +62,21 @@ def triton_version() -> str:
 def file_name(device: str) -> str:
     """NVIDIA H100 80GB HBM3 -> nvidia-h100-80gb-hbm3.json"""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+@functools.cache
+def sources(kernel: str) -> str:
+    """A hash of the code of a kernel: its modules and those they import here but for tuning.py; without comments and layout."""
+    code: dict[str, str] = {"tuning": ""}
+    left = list(_MODULES[kernel])
+    while left:
+        name = left.pop()
+        if name not in code:
+            text = (Path(__file__).parent / f"{name}.py").read_text()
+            left += re.findall(r"^from \S+\.kernels\.(\w+) import", text, re.M)
+            left += re.findall(r"\w+", " ".join(re.findall(r"^from \S+\.kernels import (.+)$", text, re.M)))
+            code[name] = re.sub(r'(?s)""".*?"""|#[^\n]*|\s+', "", text)
+    return hashlib.sha256("".join(f"{name}:{code[name]}" for name in sorted(code)).encode()).hexdigest()[:12]
 
 
 def sides(kernel: str) -> tuple[str, ...]:
@@ -90,16 +114,22 @@ def read(path: Path, device: str, triton: str) -> dict[Class, Tiles]:
         raise ValueError(f"made with Triton {record['triton']}, and {triton} runs here")
     if record["device"] != device:
         raise ValueError(f"made on {record['device']}, and this is {device}")
-    found = {}
+    found: dict[Class, Tiles] = {}
+    old = set()
     for kernel, rows in record["kernels"].items():
         for row in rows if kernel in FIELDS else ():       # a kernel of another version of this package
             shape, tiles = {name: int(row[name]) for name in FIELDS[kernel]}, row["tiles"]
-            if tiles is None:
+            if changed := row["sources"] != sources(kernel):
+                old.add(kernel)
+            if tiles is None or changed:
                 continue
             if wrong := problem(kernel, shape, tiles):
                 raise ValueError(f"{kernel} {shape}: {wrong}")
             why = f"measured: {row['us']} us, {row['heuristic_us']} with the heuristic's tiles ({path.name})"
             found[kernel, tuple(shape.values())] = {**tiles, "why": why}
+    if old:
+        _log.warning("measured tiles in %s are ignored where kernels have changed since (%s); `ptv2 tune` makes them anew.", path,
+                     ", ".join(sorted(old)))
     return found
 
 

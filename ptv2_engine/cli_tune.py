@@ -38,7 +38,8 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=tile_table.FOLDER,
                         help="folder of the table (default: the package's, where it takes effect; for another one set "
                         "PTV2_TUNING=FOLDER)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (default: a CPU each)")
+    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1),
+                        help="processes that compile (default: a CPU each, 16 at most)")
     args = parser.parse_args(argv)
     check_settings(args)
     from ptv2_engine import tune, tune_cases

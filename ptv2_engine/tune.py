@@ -50,7 +50,8 @@ class Row:
         micro = lambda seconds: round(seconds * 1e6, 2)
         fields = {name: bool(n) if name in ("dropout", "fused") else n for name, n in self.target.fields.items()}
         return fields | {"tiles": tiles, "us": micro(self.seconds), "heuristic_us": micro(self.heuristic_seconds),
-                         "a_a": round(self.a_a, 4), "shape": str(self.target.shape)}
+                         "a_a": round(self.a_a, 4), "shape": str(self.target.shape),
+                         "sources": tile_table.sources(self.target.kernel)}
 
 
 def prepared(target: Target, inputs: Sequence[Mapping[str, Call]], config: Config) -> tuple[list[Function], list[Tensor]]:
@@ -163,12 +164,15 @@ def write(path: Path, device: str, command: str, rows: Sequence[Row]) -> None:
     record: dict[str, Any] = {"device": device, "date": datetime.date.today().isoformat(), "command": command,
                               "torch": torch.__version__, "triton": tile_table.triton_version(), "commit": commit(),
                               "kernels": {}}
-    old = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        old = json.loads(path.read_text())
+    except (OSError, ValueError):                            # none yet, or one that no process could read
+        old = {}
     if old.get("device") == device and old.get("triton") == record["triton"]:
         record["kernels"] = old["kernels"]
         record["command"] = "; ".join(dict.fromkeys([*old["command"].split("; "), command]))
     for row in rows:
-        kernel, entry = row.target.kernel, row.entry()
+        kernel, entry = row.target.kernel, row.entry() | {name: record[name] for name in ("date", "commit")}
         same = lambda other, entry=entry, kernel=kernel: all(other[name] == entry[name] for name in tile_table.FIELDS[kernel])
         kept = [other for other in record["kernels"].get(kernel, []) if not same(other)]
         record["kernels"][kernel] = [*kept, entry]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +89,9 @@ TILES = {"block_m": 128, "block_n": 64, "block_p": 16, "warps": 8, "stages": 3, 
 def table(tmp_path, monkeypatch):
     """table(kernel=rows, ...): what is found on an H100 that has this table; returns its folder."""
     def write(device=DEVICE, triton=RUNNING, **kernels):
+        for kernel, rows in kernels.items():
+            for row in rows if kernel in tile_table.FIELDS else ():
+                row.setdefault("sources", tile_table.sources(kernel))
         (tmp_path / tile_table.file_name(DEVICE)).write_text(json.dumps({"device": device, "triton": triton, "kernels": kernels}))
         forget()
         return tmp_path
@@ -159,6 +163,30 @@ def test_a_table_that_is_not_for_here_is_ignored_in_one_line(table, change, reas
     for _ in range(2):
         assert "measured" not in choose(128, 16, 64, 2, dropout=True).forward.why
     assert len(caplog.records) == 1 and reason in caplog.text and "are ignored" in caplog.text
+
+
+def test_rows_of_kernels_that_changed_are_ignored_in_one_line(table, caplog):
+    table(forward=[entry(sources="other code")], dq=[entry(), entry(SHAPE | {"prompt": 32}, sources="other code")])
+    plan = choose(128, 16, 64, 2, dropout=True)
+    assert "measured" not in plan.forward.why and "measured" in plan.dq.why
+    assert len(caplog.records) == 1 and "kernels have changed since (dq, forward)" in caplog.text
+
+
+def test_a_kernels_sources_are_its_code_and_that_of_what_it_imports(tmp_path, monkeypatch):
+    for path in Path(tile_table.__file__).parent.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(tile_table, "__file__", str(tmp_path / "tile_table.py"))
+    found = lambda: {kernel: tile_table.sources.__wrapped__(kernel) for kernel in tile_table.FIELDS}
+    before = found()
+    for name, old, new, changed in (
+            ("philox", "import", "import  # a comment\n", set()), ("tuning", "import", "no code", set()),
+            ("prefix_grad", "tl.zeros", "tl.ones", {"forward", "sweep", "prefix", "relative_forward"}),
+            ("attention_tile", "tl.exp2", "tl.exp", set(before) - {"rows"}), ("add_norm", "tl.rsqrt", "tl.sqrt", {"rows"})):
+        text = (tmp_path / f"{name}.py").read_text()
+        assert old in text
+        (tmp_path / f"{name}.py").write_text(text.replace(old, new))
+        assert {kernel for kernel, code in found().items() if code != before[kernel]} == changed, name
+        (tmp_path / f"{name}.py").write_text(text)
 
 
 def test_the_variable_switches_tables_off_and_names_another_folder(table, monkeypatch, tmp_path_factory, caplog):
