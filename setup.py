@@ -150,8 +150,9 @@ def build_cuda() -> dict[str, Any]:
     nvcc = next(filter(None, (shutil.which(place) for place in places)), None)
     if nvcc is None:
         raise CannotBuild(f"no nvcc found at install (looked for {', '.join(map(str, places))})")
-    command = [nvcc, *CUDA_FLAGS, *CUDA_TARGETS, f"-I{ROOT / 'csrc' / 'include'}"]
-    compiles = [(source, CUDA_BUILD / f"{source.stem}.o", command) for source in sorted(CUDA_SOURCES.glob("*.cu"))]
+    command = [nvcc, *CUDA_FLAGS, f"-I{ROOT / 'csrc' / 'include'}"]
+    compiles = [(source, CUDA_BUILD / f"{source.stem}.o", [*command, *CUDA_TARGETS[-1 if source.stem.endswith("_sm90") else 0:]])
+                for source in sorted(CUDA_SOURCES.glob("*.cu"))]
     # The runtime goes in statically: the library then loads beside any torch, whose runtime may be another version.
     objects, link = [target for _, target, _ in compiles], [nvcc, "-shared", "-cudart=static", *CUDA_TARGETS, []]
     run_plan(CUDA_BUILD, compiles, [(objects, CUDA_LIBRARY, link)])

@@ -20,11 +20,14 @@ from ptv2_engine.errors import BackendError
 LIBRARY = Path(__file__).resolve().parent / "_cuda_kernels.so"
 CAPABILITIES = ((8, 0), (9, 0))                       # what the library holds code for
 DTYPES = (torch.bfloat16, torch.float16)
-MAX_STRIPS = {32: 16, 64: 16, 80: 8, 96: 8, 128: 8}     # head dim -> strips of 16 keys that one sweep holds (SweepShape)
+# head dim -> strips of 16 keys that a backward of one sweep holds (SweepShape); longer rows take two kernels, and the prefix
+# leaves at least one strip
+MAX_STRIPS = {32: 16, 64: 16, 80: 8, 96: 8, 128: 8}
+WIDE_HEAD_DIMS, WIDE_ROWS = (64, 128), 256             # forward on wgmma: head dims, and rows longer than this
 PROGRAMS = 264                                        # blocks of a backward, about two for each of an H100's multiprocessors
 
 _POINTERS = ("q", "k", "v", "prefix_k", "prefix_v", "cu_seqlens", "prompt_ids", "prompt_lengths", "seed", "out", "lse", "dout",
-             "dqkv", "partial", "dprefix_k", "dprefix_v")
+             "dqkv", "partial", "dprefix_k", "dprefix_v", "delta")
 _STRIDES = ("q_row", "k_row", "v_row", "prefix_k_prompt", "prefix_k_row", "prefix_v_prompt", "prefix_v_row")
 _INTS = ("T", "B", "N", "D", "P", "K", "longest", "groups")
 _FLOATS = ("scale", "keep_scale", "prefix_scale")
@@ -36,7 +39,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [*((name, ctypes.c_void_p) for name in _POINTERS), *((name, ctypes.c_int64) for name in _STRIDES),
                 *((name, ctypes.c_int32) for name in _INTS), *((name, ctypes.c_float) for name in _FLOATS),
-                *((name, ctypes.c_uint32) for name in _WORDS), ("element", ctypes.c_int32)]
+                *((name, ctypes.c_uint32) for name in _WORDS), ("element", ctypes.c_int32), ("wide", ctypes.c_int32)]
 
 
 def switched_on() -> bool:
@@ -71,14 +74,26 @@ def library(path: Path | None = None) -> ctypes.CDLL:
     return loaded
 
 
-def shape_reasons(D: int, P: int, longest: int, ranged: bool) -> list[str]:
-    """Why the kernels do not take rows of up to `longest` tokens behind P prefix keys; empty when they do."""
+def shape_reasons(D: int, P: int, ranged: bool) -> list[str]:
+    """Why the kernels do not take rows behind P prefix keys, or with key ranges; empty when they do."""
     if D not in MAX_STRIPS:
         return [f"head dim {D} (has {', '.join(map(str, MAX_STRIPS))})"]
     reasons = ["queries that do not see every token"] if ranged else []
-    if (strips := -(-P // 16) + -(-longest // 16)) > MAX_STRIPS[D]:
-        reasons.append(f"{longest} tokens and {P} prefix keys are {strips} strips of 16 (has {MAX_STRIPS[D]} for head dim {D})")
+    if (most := 16 * MAX_STRIPS[D] - 16) < P:
+        reasons.append(f"{P} prefix keys (has up to {most} for head dim {D})")
     return reasons
+
+
+def one_sweep(D: int, P: int, longest: int) -> bool:
+    """Whether one sweep holds all keys of a row."""
+    return -(-P // 16) + -(-longest // 16) <= MAX_STRIPS[D]
+
+
+def takes_wide(D: int, longest: int, device: torch.device) -> bool:
+    """Whether the forward runs on warpgroup products: sm_90a, rows long enough to be bound by products."""
+    if D not in WIDE_HEAD_DIMS or longest <= WIDE_ROWS or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -115,9 +130,10 @@ class _Call:
             self.set(prefix_k_prompt=pk.stride(0), prefix_k_row=pk.stride(1))
             self.set(prefix_v_prompt=pv.stride(0), prefix_v_row=pv.stride(1))
         B = cu_seqlens.shape[0] - 1
-        self.set(T=T, B=B, N=N, D=D, P=P, K=K, longest=max(max_seqlen, 1), groups=max(1, min(B, PROGRAMS // N)), scale=scale,
-                 keep_scale=1 / (1 - dropout_p), prefix_scale=1 / (1 - prefix_dropout_p), threshold=_word(dropout_p),
-                 prefix_threshold=_word(prefix_dropout_p), site=site, element=DTYPES.index(q.dtype))
+        self.set(T=T, B=B, N=N, D=D, P=P, K=K, longest=max(max_seqlen, 1), groups=max(1, min(B + T // 64, PROGRAMS // N)))
+        self.set(scale=scale, keep_scale=1 / (1 - dropout_p), prefix_scale=1 / (1 - prefix_dropout_p), threshold=_word(dropout_p),
+                 prefix_threshold=_word(prefix_dropout_p), site=site, element=DTYPES.index(q.dtype),
+                 wide=takes_wide(D, max_seqlen, q.device))
 
     def set(self, **values: float) -> None:
         for name, value in values.items():
@@ -162,7 +178,7 @@ def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: 
                          key_range_T2: Tensor | None, need_tokens: bool, need_prefix: bool,
                          library_path: Path | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """dqkv [T, 3, N, D] (empty [0] unless need_tokens); dprefix_k, dprefix_v fp32 [K, P, N, D] (empty [0] unless need_prefix).
-    out_TND is not read."""
+    out_TND, where it was kept, spares long rows a pass over their keys."""
     T, N, D = q_TND.shape
     need_prefix = need_prefix and prefix_k_KPND is not None
     dqkv = q_TND.new_empty((T, 3, N, D) if need_tokens else 0)
@@ -175,6 +191,8 @@ def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: 
         call = _Call(q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND, cu_seqlens, max_seqlen, prompt_ids, prompt_lengths, scale,
                      dropout_p, prefix_dropout_p, seed, site)
         call.point(dout=_aligned(dout_TND), lse=lse_NT, dqkv=dqkv)
+        if not one_sweep(D, call.arguments.P, max_seqlen):
+            call.point(delta=torch.empty_like(lse_NT), out=out_TND)
         if need_prefix:
             call.point(partial=dprefix_k.new_empty((2, call.arguments.groups, *dprefix_k.shape)), dprefix_k=dprefix_k,
                        dprefix_v=dprefix_v)

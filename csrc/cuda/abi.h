@@ -16,12 +16,13 @@ struct Attention {
   const int32_t* prompt_ids;             // [B]; null: prompt 0
   const int32_t* prompt_lengths;         // [K], rows in use; null: P
   const int64_t* seed;                   // [1]; null without dropout
-  void* out;                             // [T, N, D]
+  void* out;                             // [T, N, D]; backward: null, or what forward made
   float* lse;                            // [N, T], natural logarithm
   const void* dout;                      // [T, N, D]
   void* dqkv;                            // [T, 3, N, D]; null: the tokens' gradients are not wanted
   float* partial;                        // [2, groups, K, P, N, D]; null: the prefix's gradient is not wanted
   float *dprefix_k, *dprefix_v;          // [K, P, N, D]
+  float* delta;                          // [N, T], rowsum(P * dP) of rows too long for one sweep
 
   int64_t q_row, k_row, v_row, prefix_k_prompt, prefix_k_row, prefix_v_prompt, prefix_v_row;
   int32_t T, B, N, D, P, K, longest, groups;
@@ -29,7 +30,11 @@ struct Attention {
   uint32_t threshold, prefix_threshold;   // the smallest Philox word that is kept (ptv2/philox.h); 0: no dropout
   uint32_t site;
   Element element;
+  int32_t wide;                           // 1: the forward of long rows, sm_90a only, D 64 or 128
 };
+
+int forward_wide(const Attention& arguments, void* stream);
+int query_gradients(const Attention& arguments, void* stream);  // delta and dq of long rows
 
 }  // namespace ptv2::cuda
 

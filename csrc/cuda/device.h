@@ -98,6 +98,18 @@ PTV2_DEVICE uint32_t pack<Fp16>(float low, float high) {
   return packed;
 }
 
+template <class E>
+PTV2_DEVICE void unpack(uint32_t packed, float& low, float& high);
+template <>
+PTV2_DEVICE void unpack<Bf16>(uint32_t packed, float& low, float& high) {
+  low = __uint_as_float(packed << 16), high = __uint_as_float(packed & 0xFFFF0000u);
+}
+template <>
+PTV2_DEVICE void unpack<Fp16>(uint32_t packed, float& low, float& high) {
+  asm("{\n.reg .f16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n"
+      : "=f"(low), "=f"(high) : "r"(packed));
+}
+
 PTV2_DEVICE float power_of_2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));

@@ -17,6 +17,12 @@ constexpr float NOTHING = -1.0e30f;  // a finite start of a running maximum: a b
 template <int D>
 constexpr int ROW = D + 8;
 
+// Where an element of a tile of such rows lies.
+template <int D>
+struct Padded {
+  PTV2_DEVICE static int at(int row, int column) { return row * ROW<D> + column; }
+};
+
 PTV2_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 struct Sequence {
@@ -29,13 +35,13 @@ PTV2_DEVICE Sequence sequence(const Attention& a, int b) {
 }
 
 // Starts copying rows first.. of `from`, of which `count` exist, to `rows` rows of shared memory; the others become zero.
-template <class E, int D>
+template <class E, int D, class Layout = Padded<D>>
 PTV2_DEVICE void copy_rows(E* to, int rows, const void* from, int64_t first, int64_t stride, int count) {
   const E* source = static_cast<const E*>(from) + first * stride;
   for (int i = thread(); i < rows * (D / 8); i += num_threads()) {
     const int row = i / (D / 8), column = i % (D / 8) * 8;
     const bool valid = row < count;
-    copy16(to + row * ROW<D> + column, source + (valid ? row * stride + column : 0), valid);
+    copy16(to + Layout::at(row, column), source + (valid ? row * stride + column : 0), valid);
   }
 }
 
@@ -71,15 +77,17 @@ PTV2_DEVICE int right_at(int row) { return (lane() / 16 * 8 + lane() % 8) * row 
 PTV2_DEVICE int right_transposed_at(int row) { return left_at(row); }
 PTV2_DEVICE int left_transposed_at(int row) { return right_at(row); }
 
-// sums [16, 8 * COLUMNS] += left (16 rows of `left`, D columns) times right^T (8 * COLUMNS rows of `right`).
+// sums [16, 8 * COLUMNS] += left (16 rows of `left`, D columns) times right^T (8 * COLUMNS rows of `right`, of which `count`
+// exist: pieces of 16 that have none are left out).
 template <class E, int D, int COLUMNS>
-PTV2_DEVICE void multiply_rows(float (&sums)[COLUMNS][4], const E* left, const E* right) {
+PTV2_DEVICE void multiply_rows(float (&sums)[COLUMNS][4], const E* left, const E* right, int count = 8 * COLUMNS) {
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t a[4];
     load_matrices(a, left + k * 16 + left_at(ROW<D>));
 #pragma unroll
     for (int j = 0; j < COLUMNS / 2; ++j) {
+      if (j * 16 >= count) continue;
       uint32_t b[4];
       load_matrices(b, right + j * 16 * ROW<D> + k * 16 + right_at(ROW<D>));
       multiply<E>(sums[2 * j], a, b[0], b[1]);
@@ -146,12 +154,12 @@ PTV2_DEVICE uint32_t kept_by_keys(const Draw& draw, int row, int column) {
 }
 
 // Zeroes what a sequence's own dropout takes from `rows` prefix rows first.. in shared memory.
-template <class E, int D>
-PTV2_DEVICE void drop_prefix(E* rows_at, int first, int rows, const Draw& draw) {
+template <class E, int D, class Layout = Padded<D>>
+PTV2_DEVICE void drop_prefix(E* tile, int first, int rows, const Draw& draw) {
   for (int i = thread(); i < rows * (D / 4); i += num_threads()) {
     const int row = i / (D / 4), group = i % (D / 4);
     const uint32_t bits = draw.kept(group, first + row);
-    auto* pair = reinterpret_cast<uint32_t*>(rows_at + row * ROW<D> + group * 4);
+    auto* pair = reinterpret_cast<uint32_t*>(tile + Layout::at(row, group * 4));
     pair[0] &= (bits & 1 ? 0xFFFFu : 0u) | (bits & 2 ? 0xFFFF0000u : 0u);
     pair[1] &= (bits & 4 ? 0xFFFFu : 0u) | (bits & 8 ? 0xFFFF0000u : 0u);
   }

@@ -34,11 +34,11 @@ def compile_library(target: Path, sources: Path = CSRC / "cuda") -> Path:
     return target
 
 
-def as_package(library: Path) -> str:
-    """The name of a package whose module prefix_attention holds this library's launchers, as kernel_checks looks them up."""
-    package = f"emulated_{library.stem}"
-    module = ModuleType(f"{package}.prefix_attention")
+def as_package(library: Path | None) -> str:
+    """The name of a package in which kernel_checks finds this library's launchers (None: the GPU's library)."""
+    package = f"cuda_{library.stem if library else 'on_gpu'}"
+    launchers = ModuleType(f"{package}.prefix_attention")
     for name in ("prefix_attention_fwd", "prefix_attention_bwd"):
-        setattr(module, name, functools.partial(getattr(_cuda, name), library_path=library))
-    sys.modules[module.__name__] = module
+        setattr(launchers, name, functools.partial(getattr(_cuda, name), library_path=library))
+    sys.modules[launchers.__name__] = launchers
     return package

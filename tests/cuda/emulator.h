@@ -1,10 +1,12 @@
 // csrc/cuda/device.h for a CPU: a block's threads are fibers, and a warp's lanes meet at every instruction that lets them see
 // each other's registers. What it checks beside the numbers:
-//   - lanes of a warp that reach different instructions, or warps that reach different barriers: the run stops with a message;
+//   - lanes of a warp that reach different instructions, or warps that reach different barriers: the launch ends with a message;
 //   - a missing barrier: warps run one after the other between barriers, in an order that changes with PTV2_EMULATE_ORDER;
 //   - cp.async used before it was waited for, or into memory still being read: copies land as late as the program allows, or at
 //     once with PTV2_EMULATE_EAGER=1; tests do both;
-//   - shared memory read before it was written: it starts full of NaN.
+//   - shared memory read before it was written: it starts full of NaN;
+//   - wgmma: its operands by the rules of its descriptors, its sums as late as the program allows, and a copy it reads that no
+//     fence has published to it.
 // It does not model time, bank conflicts, or races between the lanes of one warp inside an instruction.
 #pragma once
 
@@ -57,6 +59,15 @@ struct Copy {
 struct Registers {
   uint64_t word[8];
 };
+// A product of a warpgroup that has been started: this lane's rows of the left factor, and where its sums go.
+struct Product {
+  float* sums;
+  int columns;
+  bool transposed;
+  float left[2][16];
+  uint64_t right;
+  float (*to_float)(uint16_t);
+};
 struct Lane {
   void* context = nullptr;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK]};
@@ -64,6 +75,9 @@ struct Lane {
   int meetings = 0;
   Registers given[2];
   std::vector<std::vector<Copy>> groups;
+  std::vector<Product> products;
+  std::vector<int> unpublished;  // pieces of shared memory that this lane's copies wrote
+  bool may_multiply = false;
 };
 
 struct Block {
@@ -74,16 +88,25 @@ struct Block {
   std::vector<Lane> lanes;
   std::function<void()> body;
   alignas(128) unsigned char shared[MAX_SHARED];
+  short unpublished[MAX_SHARED / 16];  // 0, or 1 + the lane whose copy no fence has published
+  char failure[200] = "";  // the first mistake of the launch
 };
 inline Block block;
 inline const char BARRIER[] = "sync", RETURNED[] = "return";
 
-[[noreturn]] inline void fail(const char* what, const char* one = "", const char* other = "") {
-  std::fprintf(stderr, "emulator: %s %s %s (block %u, %u, %u)\n", what, one, other, block.index.x, block.index.y, block.index.z);
+inline Lane& here() { return block.lanes[block.running]; }
+
+inline void note_failure(const char* what, const char* one = "", const char* other = "") {
+  if (block.failure[0] == 0)
+    std::snprintf(block.failure, sizeof block.failure, "emulator: %s %s %s (block %u, %u, %u)", what, one, other, block.index.x,
+                  block.index.y, block.index.z);
+}
+// Ends the launch from within a lane, which is never run again.
+[[noreturn]] inline void fail(const char* what) {
+  note_failure(what);
+  ptv2_emulator_switch(&here().context, &block.scheduler);
   std::abort();
 }
-
-inline Lane& here() { return block.lanes[block.running]; }
 
 inline void stop_at(const char* instruction) {
   here().stopped_at = instruction;
@@ -114,27 +137,32 @@ inline void start_lane(Lane& lane) {
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   lane.context = top;
   lane.groups.assign(1, {});
+  lane.products.clear(), lane.unpublished.clear();
   lane.stopped_at = "start";
 }
 
-// One warp from barrier to barrier.
+// One warp from barrier to barrier. Null: something failed.
 inline const char* run_warp(int warp) {
   for (;;) {
     for (int l = 0; l < 32; ++l) {
       block.running = warp * 32 + l;
       ptv2_emulator_switch(&block.scheduler, &here().context);
+      if (block.failure[0]) return nullptr;
     }
     const char* at = block.lanes[warp * 32].stopped_at;
     for (int l = 1; l < 32; ++l)
-      if (block.lanes[warp * 32 + l].stopped_at != at)
-        fail("the lanes of a warp are at different instructions:", at, block.lanes[warp * 32 + l].stopped_at);
+      if (const char* other = block.lanes[warp * 32 + l].stopped_at; other != at) {
+        note_failure("the lanes of a warp are at different instructions:", at, other);
+        return nullptr;
+      }
     if (at == BARRIER || at == RETURNED) return at;
   }
 }
 
-inline void run_block(int threads) {
+inline bool run_block(int threads) {
   if (static_cast<int>(block.lanes.size()) < threads) block.lanes.resize(threads);
   std::memset(block.shared, 0xFF, sizeof block.shared);
+  std::memset(block.unpublished, 0, sizeof block.unpublished);
   block.eager = std::getenv("PTV2_EMULATE_EAGER") != nullptr;
   for (int i = 0; i < threads; ++i) start_lane(block.lanes[i]);
   const char* order_seed = std::getenv("PTV2_EMULATE_ORDER");
@@ -146,10 +174,12 @@ inline void run_block(int threads) {
     first = nullptr;
     for (int warp : warps) {
       const char* at = run_warp(warp);
-      if (first != nullptr && at != first) fail("a barrier that not all warps reach:", first, at);
+      if (at != nullptr && first != nullptr && at != first) note_failure("a barrier that not all warps reach:", first, at);
+      if (block.failure[0]) return false;
       first = at;
     }
   }
+  return true;
 }
 
 inline float to_float(Bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
@@ -167,6 +197,14 @@ inline void check_shared(const void* p, int bytes, int alignment) {
   const auto* at = static_cast<const unsigned char*>(p);
   if (at < block.shared || at + bytes > block.shared + MAX_SHARED) fail("an address outside shared memory");
   if (reinterpret_cast<uintptr_t>(p) % alignment) fail("a shared address that is not aligned");
+}
+
+inline void land(const Copy& copy) {
+  std::memcpy(copy.to, copy.from, 16);
+  const int piece = static_cast<int>(static_cast<unsigned char*>(copy.to) - block.shared) / 16;
+  if (block.unpublished[piece] == block.running + 1) return;
+  block.unpublished[piece] = static_cast<short>(block.running + 1);
+  here().unpublished.push_back(piece);
 }
 
 inline void matrices(uint32_t (&r)[4], const void* row, bool transposed) {
@@ -213,7 +251,7 @@ inline void copy16(void* to, const void* from, bool valid) {
   if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("cp.async from an address that is not aligned");
   static const unsigned char zeros[16] = {};
   const void* source = valid ? from : zeros;
-  if (emulator::block.eager) std::memcpy(to, source, 16);
+  if (emulator::block.eager) emulator::land({to, source});
   else emulator::here().groups.back().push_back({to, source});
 }
 inline void commit() { emulator::here().groups.emplace_back(); }
@@ -221,7 +259,7 @@ template <int N>
 void wait() {
   auto& groups = emulator::here().groups;  // the last one is not committed yet
   while (static_cast<int>(groups.size()) - 1 > N) {
-    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+    for (const auto& copy : groups.front()) emulator::land(copy);
     groups.erase(groups.begin());
   }
 }
@@ -251,22 +289,78 @@ template <class E>
 uint32_t pack(float low, float high) {
   return emulator::rounded(low, E{}) | static_cast<uint32_t>(emulator::rounded(high, E{})) << 16;
 }
+template <class E>
+void unpack(uint32_t packed, float& low, float& high) {
+  low = emulator::element<E>(packed, 0), high = emulator::element<E>(packed, 1);
+}
 inline float power_of_2(float x) { return std::exp2(x); }
 inline float logarithm_2(float x) { return std::log2(x); }
 
-constexpr int SUCCESS = 0, INVALID_VALUE = 1;
+inline uint32_t shared_address(const void* p) {
+  emulator::check_shared(p, 16, 16);
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulator::block.shared);
+}
+inline void publish() {
+  for (int piece : emulator::here().unpublished)
+    if (short& owner = emulator::block.unpublished[piece]; owner == emulator::block.running + 1) owner = 0;
+  emulator::here().unpublished.clear();
+}
+inline void group_begin() { emulator::here().may_multiply = true; }
+
+template <class E, int TRANSPOSED, int COLUMNS>
+void group_multiply(float (&d)[COLUMNS][4], const uint32_t (&a)[4], uint64_t b) {
+  using emulator::element;
+  if (!emulator::here().may_multiply) emulator::fail("wgmma without a fence before it");
+  if (b >> 62 != 1) emulator::fail("a descriptor of another layout");
+  auto two = [](uint32_t x, uint32_t y) { return x | static_cast<uint64_t>(y) << 32; };
+  const emulator::Meeting all = emulator::meet("wgmma", {two(a[0], a[1]), two(a[2], a[3]), b});
+  auto widen = [](uint16_t bits) { return emulator::to_float(E{bits}); };
+  emulator::Product product{&d[0][0], COLUMNS * 8, TRANSPOSED != 0, {}, b, widen};
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < 16; ++k) {
+      const emulator::Registers& from = all.given(lane() / 4 * 4 + k % 8 / 2);
+      if (from.word[2] != b) emulator::fail("lanes with different descriptors");
+      product.left[half][k] = element<E>(static_cast<uint32_t>(from.word[k / 8] >> 32 * half), k % 2);
+    }
+  emulator::here().products.push_back(product);  // the right factor and the sums wait for group_end
+}
+
+// Byte of element (k, n) of a right factor, by the canonical layouts of a descriptor with 128-byte swizzle.
+inline int right_byte(const emulator::Product& p, int k, int n) {
+  const int start = (p.right & 0x3FFF) << 4, panel = (p.right >> 16 & 0x3FFF) << 4, group = (p.right >> 32 & 0x3FFF) << 4;
+  const int lies = p.transposed ? n % 64 * 2 + n / 64 * panel + k % 8 * 128 + k / 8 * group : n / 8 * group + n % 8 * 128 + k * 2;
+  return (start + lies) ^ ((start + lies) >> 7 & 7) << 4;
+}
+
+inline void group_end() {
+  for (const emulator::Product& p : emulator::here().products)
+    for (int n = 0; n < p.columns; ++n) {
+      if (n % 8 / 2 != lane() % 4) continue;
+      for (int k = 0; k < 16; ++k) {
+        const int byte = right_byte(p, k, n);
+        if (byte >= emulator::MAX_SHARED) emulator::fail("a descriptor outside shared memory");
+        if (emulator::block.unpublished[byte / 16]) emulator::fail("wgmma reads a copy that was not published");
+        uint16_t bits;
+        std::memcpy(&bits, emulator::block.shared + byte, 2);
+        for (int half = 0; half < 2; ++half) p.sums[n / 8 * 4 + half * 2 + n % 2] += p.left[half][k] * p.to_float(bits);
+      }
+    }
+  emulator::here().products.clear(), emulator::here().may_multiply = false;
+}
+
+constexpr int SUCCESS = 0, INVALID_VALUE = 1, FAILED = 2;
 
 template <class Arguments>
 int launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes, void*, const Arguments& arguments) {
-  if (threads % 32 || threads > 1024) emulator::fail("a block of an odd size");
-  if (shared_bytes > emulator::MAX_SHARED) emulator::fail("a block needs more shared memory than there is");
+  if (threads % 32 || threads > 1024 || shared_bytes > emulator::MAX_SHARED) return INVALID_VALUE;
+  emulator::block.failure[0] = 0;
   emulator::block.grid = grid, emulator::block.threads = threads;
   emulator::block.body = [kernel, &arguments] { kernel(arguments); };
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         emulator::block.index = {x, y, z};
-        emulator::run_block(threads);
+        if (!emulator::run_block(threads)) return FAILED;
       }
   return SUCCESS;
 }

@@ -1,8 +1,8 @@
-"""The GPU tests use the checks of tests/kernels."""
+"""The GPU tests use the checks of tests/kernels and tests/cuda."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
+sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("kernels", "cuda")]

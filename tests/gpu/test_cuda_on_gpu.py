@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from types import ModuleType
 
+import emulated
 import pytest
 import torch
 from kernel_checks import Attention, attention_inputs, check_attention, mixed_prompts, run_attention
@@ -17,14 +16,7 @@ from ptv2_engine.testing import assert_error_within
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.is_available() and _cuda.unavailable() is not None,
                                                   reason=f"CUDA kernels: {torch.cuda.is_available() and _cuda.unavailable()}")]
 bf16, fp16 = torch.bfloat16, torch.float16
-PACKAGE = "cuda_kernels"
-
-
-@pytest.fixture(autouse=True)
-def package(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType(f"{PACKAGE}.prefix_attention")
-    module.prefix_attention_fwd, module.prefix_attention_bwd = _cuda.prefix_attention_fwd, _cuda.prefix_attention_bwd
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+PACKAGE = emulated.as_package(None)
 
 
 @pytest.mark.parametrize("dtype", [bf16, fp16])

@@ -1,0 +1,448 @@
+// Prefix attention, backward: one sweep over the queries makes dq, dk, dv and the prefix's gradient.
+//
+// A block owns a head and every groups-th sequence. All keys of a sequence, the prefix's and its own, lie in shared memory, cut
+// into strips of 16; a warp owns STRIPS of them with dK and dV in registers. Queries stream by in tiles of QUERIES:
+//     S^T = K Q^T, dP^T = V dO^T             (a strip's keys as rows, the tile's queries as columns)
+//     delta = column sums of P * dP          over all strips, through shared memory: neither the output nor its product with
+//                                            dO is read, and no kernel has to run first
+//     dV += P^T dO, dK += dS^T Q             in registers
+//     dQ  = dS K                             dS^T of all strips through shared memory, written once
+// While a tile is worked on, the next one arrives, the first of the next sequence with that sequence's keys.
+// The prefix's strips keep their sums from sequence to sequence, so its gradient costs neither a second read of q and dO nor a
+// partial sum for each sequence: one partial a group, added in a fixed order by reduce_kernel. No atomics anywhere.
+// HBM: q, k, v, dO read and dq, dk, dv written once.
+//
+// LONG rows, whose keys do not fit one block: prefix_attention_dq.cu has made delta and dq before, and a block owns every
+// groups-th piece of a sequence's keys. Each piece sees all queries; the prefix's strips, which lie beside every piece, take the
+// query tiles by turns, so that each tile counts once for them too.
+#pragma once
+
+#include "tile.h"
+
+namespace ptv2::cuda {
+
+template <int D, int STRIPS>
+struct SweepShape {
+  static constexpr int QUERIES = STRIPS == 1 && D <= 64 ? 32 : 16;
+  static constexpr int WARPS = STRIPS == 1 && D <= 64 ? 12 : 8;  // with 168 registers a thread, or 255
+  static constexpr int PROBS_ROW = QUERIES + 8;
+  // Bytes; at most 161 KiB, which sm_80 and sm_90 have.
+  static constexpr int shared(int prefix_strips, int token_strips, int warps) {
+    const int keys = 16 * (prefix_strips + 2 * token_strips), probs = 16 * (prefix_strips + token_strips);
+    return 2 * (2 * keys * ROW<D> + 4 * QUERIES * ROW<D> + probs * PROBS_ROW) + 4 * warps * QUERIES;
+  }
+};
+
+// The partial sums of one strip of the prefix: dK, dV [16, D] to the group's rows in memory, which only this warp touches.
+template <int D, bool ADD>
+PTV2_DEVICE void store_partial(const Attention& a, int prompt, int n, int first, const float (&dk)[D / 8][4],
+                               const float (&dv)[D / 8][4], int c2) {
+  const int64_t row = static_cast<int64_t>(a.N) * D, all = static_cast<int64_t>(a.groups) * a.K * a.P * row;
+  float* const base = a.partial + (static_cast<int64_t>(block_x()) * a.K + prompt) * a.P * row + n * D;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int p = first + lane() / 4 + half * 8;
+    if (p >= a.P) continue;
+#pragma unroll
+    for (int d = 0; d < D / 8; ++d) {
+      const int column = d * 8 + lane() % 4 * 2;
+      uint32_t keep_k = 3, keep_v = 3;
+      if (ADD && a.prefix_threshold) {
+        keep_k = Draw(a, c2, philox::PREFIX_K, a.prefix_threshold).kept(column / 4, p) >> column % 4;
+        keep_v = Draw(a, c2, philox::PREFIX_V, a.prefix_threshold).kept(column / 4, p) >> column % 4;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float *const k = base + p * row + column + i, *const v = k + all;
+        const float new_k = keep_k >> i & 1 ? dk[d][half * 2 + i] * a.scale : 0.0f;
+        const float new_v = keep_v >> i & 1 ? dv[d][half * 2 + i] * a.prefix_scale : 0.0f;
+        *k = ADD ? *k + new_k : new_k;
+        *v = ADD ? *v + new_v : new_v;
+      }
+    }
+  }
+}
+
+// A tile of QUERIES queries, from query `first` on, that meets piece `piece` of the keys of sequence b. The pieces, of `keys` tokens
+// each, of all sequences are dealt out to the groups in turn.
+template <int QUERIES>
+struct Step {
+  int b, piece, first = 0;
+  Sequence of;
+  PTV2_DEVICE Step(const Attention& a, int group, int keys, bool turns) : b(0), piece(group) {
+    if (!done(a)) of = sequence(a, 0);
+    settle(a, keys, turns);
+  }
+  PTV2_DEVICE bool done(const Attention& a) const { return b >= a.B; }
+  PTV2_DEVICE int pieces(int keys) const { return ceil_div(of.length, keys); }
+  // To the next tile; turns: of those that are this piece's when the pieces share out the tiles. True: to another piece.
+  PTV2_DEVICE bool advance(const Attention& a, int keys, bool turns) {
+    first += turns ? QUERIES * pieces(keys) : QUERIES;
+    if (first < of.length) return false;
+    piece += a.groups;
+    settle(a, keys, turns);
+    return true;
+  }
+  PTV2_DEVICE bool its_turn(int keys) const { return first / QUERIES % pieces(keys) == piece; }
+
+ private:
+  PTV2_DEVICE void settle(const Attention& a, int keys, bool turns) {
+    while (!done(a) && piece >= pieces(keys)) {
+      piece -= pieces(keys);
+      if (++b < a.B) of = sequence(a, b);
+    }
+    first = turns ? piece * QUERIES : 0;
+  }
+};
+
+template <class E, int D, int STRIPS, bool LONG>
+struct Sweep {
+  using Shape = SweepShape<D, STRIPS>;
+  static constexpr int QUERIES = Shape::QUERIES, TILES = QUERIES / 8, PROBS_ROW = Shape::PROBS_ROW;
+  using Step = cuda::Step<QUERIES>;
+
+  const Attention& a;
+  const int n = block_y(), column = n * D, w = warp(), warps = num_threads() / 32;
+  const int64_t row = static_cast<int64_t>(a.N) * D;
+  const int prefix_strips = ceil_div(a.P, 16), token_strips = LONG ? warps * STRIPS - prefix_strips : ceil_div(a.longest, 16);
+  PTV2_DEVICE bool need_tokens() const { return a.dqkv != nullptr; }
+  PTV2_DEVICE bool need_prefix() const { return a.partial != nullptr; }
+  E* const prefix_k = reinterpret_cast<E*>(shared_memory());
+  E* const prefix_v = prefix_k + prefix_strips * 16 * ROW<D>;
+  E* const token_k = prefix_v + prefix_strips * 16 * ROW<D>;  // [2, keys, D], then the values: two sequences' of each
+  E* const q_tiles = token_k + 4 * token_strips * 16 * ROW<D>;
+  E* const do_tiles = q_tiles + 2 * QUERIES * ROW<D>;
+  E* const ds_tile = do_tiles + 2 * QUERIES * ROW<D>;  // [all keys, QUERIES]
+  float* const delta_parts = reinterpret_cast<float*>(ds_tile + (prefix_strips + token_strips) * 16 * PROBS_ROW);  // of each warp
+  float dk[STRIPS][D / 8][4] = {}, dv[STRIPS][D / 8][4] = {};
+  // A dropped probability is negative until products() has seen it.
+  float probs[STRIPS][TILES][4], dprobs[STRIPS][TILES][4];
+
+  PTV2_DEVICE explicit Sweep(const Attention& a) : a(a) {}
+
+  PTV2_DEVICE int piece_keys() const { return LONG ? token_strips * 16 : 1 << 30; }
+  // Where the tokens' gradients are not wanted, only the prefix meets the queries, each of which then lies beside one piece.
+  PTV2_DEVICE bool turns() const { return LONG && !need_tokens(); }
+
+  // A strip of 16 keys at hand, and how many of them take part. Of one that has none nothing is read or written.
+  struct Strip {
+    bool prefix;
+    int first, count;
+    E *k, *v;
+    float value_scale;
+  };
+  PTV2_DEVICE Strip strip(int index, const Step& step, int stage) const {
+    const bool prefix = index < prefix_strips;
+    const int in_tile = (prefix ? index : index - prefix_strips) * 16, tokens = token_strips * 16 * ROW<D>;
+    const int first = LONG && !prefix ? step.piece * token_strips * 16 + in_tile : in_tile;
+    int count = (prefix ? step.of.num_prefix : step.of.length) - first;
+    if (LONG && (prefix ? !step.its_turn(piece_keys()) : !need_tokens())) count = 0;
+    E* const k = (prefix ? prefix_k : token_k + stage * tokens) + in_tile * ROW<D>;
+    return {prefix, first, count, k, k + (prefix ? prefix_strips * 16 * ROW<D> : 2 * tokens), prefix ? a.prefix_scale : 1.0f};
+  }
+
+  PTV2_DEVICE void fetch_prefix(int prompt, int num_prefix) {
+    copy_rows<E, D>(prefix_k, prefix_strips * 16, static_cast<const E*>(a.prefix_k) + prompt * a.prefix_k_prompt + column, 0,
+                    a.prefix_k_row, num_prefix);
+    copy_rows<E, D>(prefix_v, prefix_strips * 16, static_cast<const E*>(a.prefix_v) + prompt * a.prefix_v_prompt + column, 0,
+                    a.prefix_v_row, num_prefix);
+  }
+
+  PTV2_DEVICE void fetch_keys(const Step& step, int stage) {
+    if (turns()) return;
+    const int first = LONG ? step.piece * token_strips * 16 : 0, count = step.of.length - first;
+    const int rows = LONG ? token_strips * 16 : ceil_div(count, 16) * 16, tokens = token_strips * 16 * ROW<D>;
+    E* const k = token_k + stage * tokens;
+    copy_rows<E, D>(k, rows, static_cast<const E*>(a.k) + column, step.of.start + first, a.k_row, count);
+    copy_rows<E, D>(k + 2 * tokens, rows, static_cast<const E*>(a.v) + column, step.of.start + first, a.v_row, count);
+  }
+
+  PTV2_DEVICE void fetch_queries(const Step& step, int parity) {
+    const int at = parity * QUERIES * ROW<D>, count = step.of.length - step.first;
+    copy_rows<E, D>(q_tiles + at, QUERIES, static_cast<const E*>(a.q) + column, step.of.start + step.first, a.q_row, count);
+    copy_rows<E, D>(do_tiles + at, QUERIES, static_cast<const E*>(a.dout) + column, step.of.start + step.first, row, count);
+  }
+
+  // Of query `lane`: the log-sum-exp, in base 2, and delta where it is known. Past the end lse is +inf, no probability.
+  struct Statistics {
+    float lse2, delta;
+  };
+  PTV2_DEVICE Statistics fetch_statistics(const Step& step) const {
+    const int query = step.first + lane();
+    if (lane() >= QUERIES || query >= step.of.length) return {INFINITY, 0};
+    const int64_t at = static_cast<int64_t>(n) * a.T + step.of.start + query;
+    return {a.lse[at] * LOG2E, LONG ? a.delta[at] : 0};
+  }
+
+  // P^T and dP^T of this warp's strips; this warp's part of delta to shared memory.
+  PTV2_DEVICE void probabilities(const Step& step, int stage, const E* q, const E* dout, float lse2) {
+    float sums[TILES][2] = {};
+    const int c2 = step.b * a.N + n;
+#pragma unroll
+    for (int s = 0; s < STRIPS; ++s) {
+      const Strip keys = strip(w * STRIPS + s, step, stage);
+      if (keys.count <= 0) continue;
+#pragma unroll
+      for (int j = 0; j < TILES; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) probs[s][j][i] = dprobs[s][j][i] = 0;
+      multiply_rows<E, D, TILES>(probs[s], keys.k, q);
+      multiply_rows<E, D, TILES>(dprobs[s], keys.v, dout);
+      const float scale2 = a.scale * LOG2E * keys.value_scale;
+      const Draw draw(a, c2, keys.prefix ? philox::PREFIX_PROB : philox::TOKEN_PROB, a.threshold);
+#pragma unroll
+      for (int j = 0; j < TILES; ++j) {
+        const uint32_t kept = a.threshold ? kept_by_keys(draw, keys.first, step.first + j * 8) : 0x1111u;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float lse = shuffle(lse2, j * 8 + lane() % 4 * 2 + i);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float &prob = probs[s][j][half * 2 + i], &dprob = dprobs[s][j][half * 2 + i];
+            const bool keep = kept >> 4 * (half * 2 + i) & 1;
+            prob = lane() / 4 + half * 8 < keys.count ? power_of_2(prob * scale2 - lse) : 0.0f;
+            dprob *= keep ? keys.value_scale * a.keep_scale : 0.0f;
+            if (!LONG) sums[j][i] += prob * dprob;
+            prob = keep ? prob : -prob;
+          }
+        }
+      }
+    }
+    if constexpr (!LONG) share_delta(sums);
+  }
+
+  // Column sums of this warp's rows to shared memory.
+  PTV2_DEVICE void share_delta(float (&sums)[TILES][2]) {
+#pragma unroll
+    for (int j = 0; j < TILES; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int mask = 4; mask < 32; mask *= 2) sums[j][i] += shuffle_xor(sums[j][i], mask);
+        if (lane() / 4 == 0) delta_parts[w * QUERIES + j * 8 + lane() * 2 + i] = sums[j][i];
+      }
+  }
+
+  // delta of query `lane` from all warps' parts.
+  PTV2_DEVICE float sum_of_parts() const {
+    float delta = 0;
+    for (int other = 0; other < warps; ++other) delta += delta_parts[other * QUERIES + lane() % QUERIES];
+    return delta;
+  }
+
+  // dV and dK of this warp's strips, and, unless dq is made elsewhere, their dS^T to shared memory.
+  PTV2_DEVICE void products(const Step& step, int stage, const E* q, const E* dout, float delta) {
+#pragma unroll
+    for (int s = 0; s < STRIPS; ++s) {
+      const int index = w * STRIPS + s;
+      const Strip keys = strip(index, step, stage);
+      if (keys.count <= 0) continue;
+#pragma unroll
+      for (int j = 0; j < TILES; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float mean = shuffle(delta, j * 8 + lane() % 4 * 2 + i);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float &prob = probs[s][j][half * 2 + i], &dprob = dprobs[s][j][half * 2 + i];
+            dprob = fabsf(prob) * (dprob - mean) * keys.value_scale;
+            prob = fmaxf(prob, 0.0f) * a.keep_scale;
+          }
+        }
+      if (keys.prefix ? need_prefix() : need_tokens()) {
+#pragma unroll
+        for (int j = 0; j < TILES / 2; ++j) {
+          uint32_t left[4];
+          as_left<E>(left, probs[s][2 * j], probs[s][2 * j + 1]);
+          multiply_fragment<E, D>(dv[s], left, dout + j * 16 * ROW<D>);
+          as_left<E>(left, dprobs[s][2 * j], dprobs[s][2 * j + 1]);
+          multiply_fragment<E, D>(dk[s], left, q + j * 16 * ROW<D>);
+        }
+      }
+      if (LONG) continue;
+      E* const ds = ds_tile + (index * 16 + lane() / 4) * PROBS_ROW + lane() % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < TILES; ++j) {
+        store_pair<E>(ds + j * 8, dprobs[s][j][0], dprobs[s][j][1]);
+        store_pair<E>(ds + 8 * PROBS_ROW + j * 8, dprobs[s][j][2], dprobs[s][j][3]);
+      }
+    }
+  }
+
+  // dQ = dS K, dealt out to the warps in pieces of 16 queries and 16 columns.
+  PTV2_DEVICE void store_dq(const Step& step, int stage) {
+    for (int unit = w; unit < QUERIES / 16 * (D / 16); unit += warps) {
+      const int tile = unit / (D / 16) * 16, d = unit % (D / 16) * 16;
+      float dq[2][4] = {};
+      for (int index = 0; index < prefix_strips + token_strips; ++index) {
+        const Strip keys = strip(index, step, stage);
+        if (keys.count <= 0) continue;
+        uint32_t left[4], right[4];
+        load_matrices_transposed(left, ds_tile + index * 16 * PROBS_ROW + tile + left_transposed_at(PROBS_ROW));
+        load_matrices_transposed(right, keys.k + d + right_transposed_at(ROW<D>));
+        multiply<E>(dq[0], left, right[0], right[1]);
+        multiply<E>(dq[1], left, right[2], right[3]);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = step.first + tile + lane() / 4 + half * 8;
+        if (query >= step.of.length) continue;
+        const int64_t token = step.of.start + query;
+        E* const to = static_cast<E*>(a.dqkv) + token * 3 * row + column + d + lane() % 4 * 2;
+        store_pair<E>(to, dq[0][half * 2] * a.scale, dq[0][half * 2 + 1] * a.scale);
+        store_pair<E>(to + 8, dq[1][half * 2] * a.scale, dq[1][half * 2 + 1] * a.scale);
+      }
+    }
+  }
+
+  // dK and dV of a token strip, staged where its keys and values were.
+  PTV2_DEVICE void store_tokens(const Sequence& of, const Strip& keys, int s) {
+    const int at = lane() / 4 * ROW<D> + lane() % 4 * 2;
+#pragma unroll
+    for (int d = 0; d < D / 8; ++d)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int to = at + half * 8 * ROW<D> + d * 8;
+        store_pair<E>(keys.k + to, dk[s][d][half * 2] * a.scale, dk[s][d][half * 2 + 1] * a.scale);
+        store_pair<E>(keys.v + to, dv[s][d][half * 2], dv[s][d][half * 2 + 1]);
+      }
+    sync_warp();
+    E* const to = static_cast<E*>(a.dqkv) + row + column;
+    store_rows<E, D>(to, of.start + keys.first, 3 * row, keys.count, keys.k, 16);
+    store_rows<E, D>(to + row, of.start + keys.first, 3 * row, keys.count, keys.v, 16);
+  }
+
+  // What a sequence leaves behind: its own gradients, and the prefix's where the next sequence has other masks or may have
+  // another prompt.
+  PTV2_DEVICE void finish(const Step& step, int stage, bool add_up) {
+#pragma unroll
+    for (int s = 0; s < STRIPS; ++s) {
+      const Strip keys = strip(w * STRIPS + s, step, stage);
+      const bool absent = keys.prefix ? keys.first >= step.of.num_prefix : keys.count <= 0;  // of the prefix in any tile
+      if (absent || (keys.prefix ? !need_prefix() || !add_up : !need_tokens())) continue;
+      if (keys.prefix) store_partial<D, true>(a, step.of.prompt, n, keys.first, dk[s], dv[s], step.b * a.N + n);
+      else store_tokens(step.of, keys, s);
+#pragma unroll
+      for (int d = 0; d < D / 8; ++d)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dk[s][d][i] = dv[s][d][i] = 0;
+    }
+  }
+
+  // This group's partial rows of a prompt: zeros, or the sums of all its sequences.
+  PTV2_DEVICE void store_prefix(int prompt) {
+#pragma unroll
+    for (int s = 0; s < STRIPS; ++s)
+      if (w * STRIPS + s < prefix_strips) store_partial<D, false>(a, prompt, n, (w * STRIPS + s) * 16, dk[s], dv[s], 0);
+  }
+
+  PTV2_DEVICE void run() {
+    const bool add_up = a.prefix_threshold != 0 || a.K > 1;
+    if (need_prefix() && add_up)
+      for (int prompt = 0; prompt < a.K; ++prompt) store_prefix(prompt);
+    Step step(a, block_x(), piece_keys(), turns());
+    int held = -1, parity = 0, stage = 0;  // the prompt in shared memory; where this tile and this sequence's keys lie
+    bool fresh = true;                     // the first tile of a sequence, or of a piece of its keys
+    Statistics statistics = {0, 0};
+    if (!step.done(a)) {
+      fetch_keys(step, stage);
+      fetch_queries(step, parity);
+      statistics = fetch_statistics(step);
+    }
+    while (!step.done(a)) {
+      if (fresh && prefix_strips > 0 && (held != step.of.prompt || a.prefix_threshold)) {
+        fetch_prefix(step.of.prompt, step.of.num_prefix);
+        held = step.of.prompt;
+      }
+      commit();
+      wait<0>();
+      sync();
+      Step next = step;
+      const bool last = next.advance(a, piece_keys(), turns()), more = !next.done(a);
+      Statistics next_statistics = {0, 0};
+      if (more) {
+        if (last) fetch_keys(next, 1 - stage);
+        fetch_queries(next, 1 - parity);
+        next_statistics = fetch_statistics(next);
+      }
+      if (fresh && a.prefix_threshold) {
+        const int c2 = step.b * a.N + n;
+        drop_prefix<E, D>(prefix_k, 0, prefix_strips * 16, Draw(a, c2, philox::PREFIX_K, a.prefix_threshold));
+        drop_prefix<E, D>(prefix_v, 0, prefix_strips * 16, Draw(a, c2, philox::PREFIX_V, a.prefix_threshold));
+        sync();
+      }
+      const E *const q = q_tiles + parity * QUERIES * ROW<D>, *const dout = do_tiles + parity * QUERIES * ROW<D>;
+      probabilities(step, stage, q, dout, statistics.lse2);
+      if (!LONG) {
+        sync();
+        statistics.delta = sum_of_parts();
+      }
+      products(step, stage, q, dout, statistics.delta);
+      sync();
+      if (!LONG && need_tokens()) store_dq(step, stage);
+      if (last) {
+        if (!LONG) sync();  // dQ has read the keys, in whose place the gradients are staged
+        finish(step, stage, add_up);
+        stage = 1 - stage;
+      }
+      parity = 1 - parity, statistics = next_statistics, fresh = last;
+      step.b = next.b, step.piece = next.piece, step.first = next.first;
+      if (more) step.of = sequence(a, step.b);  // read again: it is at hand, and would take registers
+    }
+    if (need_prefix() && !add_up) store_prefix(0);
+  }
+};
+
+template <class E, int D, int STRIPS, bool LONG>
+PTV2_KERNEL(32 * (SweepShape<D, STRIPS>::WARPS), 1) sweep_kernel(const Attention a) {
+  if (block_x() < a.groups) {
+    Sweep<E, D, STRIPS, LONG>(a).run();
+  } else if (a.dqkv != nullptr) {  // rows past the last sequence
+    const int64_t row = static_cast<int64_t>(a.N) * D;
+    for (int part = LONG; part < 3; ++part)
+      zero_rows<E, D>(static_cast<E*>(a.dqkv) + part * row + block_y() * D, a.cu_seqlens[a.B], a.T, 3 * row, 0, 1);
+  }
+}
+
+template <class E, int D, int STRIPS, bool LONG>
+int sweep(const Attention& a, void* stream) {
+  using Shape = SweepShape<D, STRIPS>;
+  const int prefix = ceil_div(a.P, 16), tokens = LONG ? Shape::WARPS * STRIPS - prefix : ceil_div(a.longest, 16);
+  const int warps = ceil_div(prefix + tokens, STRIPS);
+  const dim3 grid{static_cast<unsigned>(a.groups + 1), static_cast<unsigned>(a.N), 1};
+  return launch(sweep_kernel<E, D, STRIPS, LONG>, grid, warps * 32, Shape::shared(prefix, tokens, warps), stream, a);
+}
+
+template <class E, int D, int STRIPS>
+int long_rows(const Attention& a, void* stream) {
+  if (const int code = query_gradients(a, stream)) return code;
+  if (a.dqkv == nullptr && a.partial == nullptr) return SUCCESS;
+  return sweep<E, D, STRIPS, true>(a, stream);
+}
+
+// One strip a warp while the warps suffice; two where the accumulators of two fit the registers.
+template <class E, int D>
+int sweep_of(const Attention& a, void* stream) {
+  constexpr int ONE = SweepShape<D, 1>::WARPS, TWO = D <= 64 ? 2 * SweepShape<D, 2>::WARPS : 0;
+  const int prefix = ceil_div(a.P, 16), strips = prefix + ceil_div(a.longest, 16);
+  if (strips <= ONE) return sweep<E, D, 1, false>(a, stream);
+  if constexpr (TWO > 0) {
+    if (strips <= TWO) return sweep<E, D, 2, false>(a, stream);
+    if (prefix > ONE / 2 && prefix < TWO) return long_rows<E, D, 2>(a, stream);
+  }
+  return prefix < ONE ? long_rows<E, D, 1>(a, stream) : INVALID_VALUE;
+}
+
+template <class E>
+int backward_of(const Attention& a, void* stream) {
+  switch (a.D) {
+    case 32: return sweep_of<E, 32>(a, stream);
+    case 64: return sweep_of<E, 64>(a, stream);
+    case 80: return sweep_of<E, 80>(a, stream);
+    case 96: return sweep_of<E, 96>(a, stream);
+    case 128: return sweep_of<E, 128>(a, stream);
+    default: return INVALID_VALUE;
+  }
+}
+
+}  // namespace ptv2::cuda
