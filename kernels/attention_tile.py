@@ -104,7 +104,7 @@ def attend(acc, row_max, row_sum, q, k, v, num_keys, scale2, value_scale, first_
 def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query, first_key, c2, stream, seed, threshold,
                   keep_scale, site,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, seen=None,
-                  relative=None):
+                  relative=None, kept=None):
     """(probs, dropped probs, d probs) [BLOCK_M, BLOCK_N] of a key block, recomputed from the log-sum-exp in base 2.
 
     Then delta = rowsum(probs * dprobs), dS = probs * (dprobs - delta), dV = dropped^T dO.
@@ -117,7 +117,8 @@ def probabilities(q, do, k, v, lse2, num_keys, scale2, value_scale, first_query,
     dprobs = tl.dot(do, tl.trans(v), input_precision=PRECISION) * value_scale
     dropped = probs
     if DROPOUT:
-        keep = keep_tile(first_query, first_key, c2, site * 8 + stream, seed, threshold, BLOCK_M, BLOCK_N)
+        keep = kept if kept is not None else keep_tile(first_query, first_key, c2, site * 8 + stream, seed, threshold, BLOCK_M,
+                                                       BLOCK_N)
         dropped = tl.where(keep, probs * keep_scale, 0.0)
         dprobs = tl.where(keep, dprobs * keep_scale, 0.0)
     return probs, dropped, dprobs

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ptv2_engine.kernels import prefix_attention_long, prefix_attention_short, prefix_grad
+from ptv2_engine.kernels import prefix_attention_long, prefix_attention_short, prefix_attention_short_bwd, prefix_grad
 from ptv2_engine.kernels.attention_tile import (
     LN2,
     LOG2E,
@@ -258,18 +258,19 @@ def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: 
     if key_range_T2 is not None:
         plan = tightened(plan, D, q_TND.element_size(), dropout)
     inputs = (dout_TND, q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND)
-    packed = packed_plan(run, fixed, prefix_k_KPND, max_seqlen, q_TND.element_size(), key_range_T2)
-    if plan.sweep is None or out_TND is not None or key_range_T2 is not None:
+    packed = packed_plan(run, fixed, prefix_k_KPND, max_seqlen, q_TND.element_size(), key_range_T2) if out_TND is None else None
+    if packed and packed.sweep is None:
+        delta_NT = prefix_attention_short_bwd.tokens_bwd(inputs, lse_NT, dqkv, run, fixed, packed, need_tokens)
+    elif plan.sweep is None or out_TND is not None or key_range_T2 is not None:
         delta_NT = prefix_attention_long.tokens_bwd(inputs, out_TND, lse_NT, dqkv, max_seqlen, run, fixed, plan, need_tokens,
                                                     (context_B, key_range_T2))
     else:
-        packed = packed if packed and packed.sweep else None
         fuse = need_prefix and (packed is not None or plan.fuse_prefix)
         partials = triton.cdiv(T, packed.window) if packed else B
         delta_NT = torch.empty_like(lse_NT) if need_prefix and not fuse else None
         partial = q_TND.new_empty((2, partials, P, N, D), dtype=torch.float32) if fuse else None
         if packed:
-            prefix_attention_short.sweep(inputs, lse_NT, dqkv, delta_NT, partial, run, fixed, packed, need_tokens)
+            prefix_attention_short.sweep(inputs, lse_NT, dqkv, partial, run, fixed, packed, need_tokens)
         else:
             tiles = plan.sweep
             sweep_kernel[(N, B + 1)](*inputs, lse_NT, dqkv, delta_NT, partial, **run, **fixed, BLOCK_M=tiles.block_m,

@@ -52,7 +52,7 @@ def packed_forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_
     rows = first + tl.arange(0, BLOCK_M)
     start, end, sequence = row_bounds(cu_seqlens, rows, first_sequence, last_sequence, B)
     scale2 = scale * LOG2E
-    q = load_tile(q_TND + n * D, first, q_row, T - first, BLOCK_M, D, BLOCK_D)
+    q = load_tile(q_TND + n * D, first, q_row, tl.load(cu_seqlens + B) - first, BLOCK_M, D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_max = tl.full((BLOCK_M,), -1.0e30, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -76,7 +76,7 @@ def packed_forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_
         kept = shifted(bits[:, None], index) if DROPOUT else None
         acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, stop - j, scale2, 1.0, 0, 0, 0, 0, seed, threshold, site,
                                        BLOCK_M, BLOCK_N, DROPOUT, PRECISION, seen, kept=kept)
-    real = rows < end
+    real = rows < end               # rows past the last sequence are 0
     inverse = 1.0 / row_sum
     if DROPOUT:
         inverse = inverse * keep_scale
@@ -96,11 +96,11 @@ def fitting(cu_seqlens, sequence, next_sequence, limit):
 
 
 @triton.jit(do_not_specialize=["T", "B", "P", "WINDOW", "threshold", "site"])
-def packed_sweep_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, lse_NT, dqkv_T3ND, delta_NT, partial_2WPND, cu_seqlens,
+def packed_sweep_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, lse_NT, dqkv_T3ND, partial_2WPND, cu_seqlens,
                         prompt_lengths, seed, q_row, k_row, v_row, pk_row, pv_row, T, B, P, N, scale, threshold, keep_scale,
                         site, WINDOW, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                         BLOCK_P: tl.constexpr, LONGEST: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-                        NEED_TOKENS: tl.constexpr, FUSE_PREFIX: tl.constexpr, STORE_DELTA: tl.constexpr):
+                        NEED_TOKENS: tl.constexpr, FUSE_PREFIX: tl.constexpr):
     n, window = tl.program_id(0), tl.program_id(1) * WINDOW
     window_end = tl.minimum(window + WINDOW, T)
     grad_row = 3 * N * D
@@ -162,8 +162,6 @@ def packed_sweep_kernel(dout_TND, q_TND, k_TND, v_TND, prefix_k, prefix_v, lse_N
                 p_ds = (p_probs * (p_dprobs - delta[None, :])).to(q.dtype)
                 if FUSE_PREFIX:
                     dpk = tl.dot(p_ds, q, dpk, input_precision=PRECISION)
-            if STORE_DELTA:
-                tl.store(delta_NT + stat_row + rows, delta, mask=rows < stop)
             if NEED_TOKENS:
                 ds = (probs * (dprobs - delta[None, :])).to(q.dtype)
                 dk = tl.dot(ds, q, dk, input_precision=PRECISION)
@@ -186,7 +184,7 @@ _NAMES = ("cu_seqlens", "prompt_lengths", "seed", "q_row", "k_row", "v_row", "pk
           "threshold", "keep_scale", "site")
 
 
-def _shared(run: dict, fixed: dict, plan: PackedPlan) -> dict:
+def shared_arguments(run: dict, fixed: dict, plan: PackedPlan) -> dict:
     return {name: run[name] for name in _NAMES} | {name: fixed[name] for name in ("D", "BLOCK_D", "DROPOUT", "PRECISION")} | {
         "LONGEST": plan.longest}
 
@@ -195,16 +193,16 @@ def forward(inputs: tuple, out_TND: Tensor, lse_NT: Tensor, run: dict, fixed: di
     """Fill out [T, N, D] and lse [N, T]. inputs: q, k, v, prefix_k, prefix_v; run, fixed: prefix_attention.plain_arguments."""
     tiles = plan.forward
     packed_forward_kernel[(triton.cdiv(run["T"], tiles.block_m), run["N"])](
-        *inputs, out_TND, lse_NT, **_shared(run, fixed, plan), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+        *inputs, out_TND, lse_NT, **shared_arguments(run, fixed, plan), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
         BLOCK_P=tiles.block_p, **tiles.launch)
 
 
-def sweep(inputs: tuple, lse_NT: Tensor, dqkv_T3ND: Tensor, delta_NT: Tensor | None, partial_2WPND: Tensor | None, run: dict,
-          fixed: dict, plan: PackedPlan, need_tokens: bool) -> None:
-    """Fill what is given of dqkv [T, 3, N, D] (if need_tokens), delta [N, T] and the partials [2, windows, P, N, D]."""
+def sweep(inputs: tuple, lse_NT: Tensor, dqkv_T3ND: Tensor, partial_2WPND: Tensor | None, run: dict, fixed: dict,
+          plan: PackedPlan, need_tokens: bool) -> None:
+    """Fill dqkv [T, 3, N, D] if need_tokens, and the partials [2, windows, P, N, D] of the prefix gradient if given."""
     tiles = plan.sweep
     assert tiles is not None
     packed_sweep_kernel[(run["N"], triton.cdiv(run["T"], plan.window))](
-        *inputs, lse_NT, dqkv_T3ND, delta_NT, partial_2WPND, **_shared(run, fixed, plan), WINDOW=plan.window,
+        *inputs, lse_NT, dqkv_T3ND, partial_2WPND, **shared_arguments(run, fixed, plan), WINDOW=plan.window,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_P=tiles.block_p, NEED_TOKENS=need_tokens,
-        FUSE_PREFIX=partial_2WPND is not None, STORE_DELTA=delta_NT is not None, **tiles.launch)
+        FUSE_PREFIX=partial_2WPND is not None, **tiles.launch)

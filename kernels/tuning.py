@@ -189,10 +189,12 @@ def tightened(plan: AttentionPlan, head_dim: int, itemsize: int, dropout: bool) 
 @dataclass(frozen=True)
 class PackedPlan:
     """The tiles of prefix_attention_short.py. longest: columns of a sequence's dropout masks; window: packed tokens in which the
-    sequences of a backward program start; sweep None: the backward is AttentionPlan's."""
+    sequences of a backward program start; sweep None: dq and dkdv serve (prefix_attention_short_bwd.py)."""
 
     forward: TileConfig
     sweep: TileConfig | None
+    dq: TileConfig
+    dkdv: TileConfig
     longest: int
     window: int
     why: str
@@ -219,18 +221,21 @@ def _packed_plan(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: i
     prefix = min(tile.block_p, streamed)
     if prefix and dropout and itemsize == 2:
         prefix = 32 if head_dim <= 64 else 16
-    # sm_100 spills 8 bytes for one more program
+    # sm_100 spills 8 or 16 bytes for one more program
     capped = 168 if dropout and itemsize == 2 and head_dim <= 32 else tile.registers
     forward = replace(tile, block_n=streamed, block_p=prefix, registers=capped,
                       why=f"{tile.block_m} packed rows, {streamed} packed keys")
     forward = _measured("packed_forward", shape, forward)
+    keys = min(streamed, 16 if head_dim > 64 else 32)
+    dq = replace(plain.dq, block_n=keys, block_p=min(plain.dq.block_p, keys),
+                 registers=255 if dropout and itemsize == 2 and head_dim > 64 else None)
     if plain.sweep is None:
-        return PackedPlan(forward, None, longest, 0, forward.why)
+        return PackedPlan(forward, None, dq, plain.dkdv, longest, 0, forward.why)
     held, warps = (32, 8) if dropout else (plain.sweep.block_p, 4)       # with dropout 16 keys or 4 warps spill on sm_80 or sm_90
     sweep = TileConfig(16, PACKED_TOKENS, held if prompt_length else 0, warps, 1,
                        f"sequences that start in {windows * PACKED_TOKENS} tokens, {PACKED_TOKENS} keys held")
     sweep = _measured("packed_sweep", shape, sweep)
-    return PackedPlan(forward, sweep, longest, windows * PACKED_TOKENS, sweep.why)
+    return PackedPlan(forward, sweep, dq, plain.dkdv, longest, windows * PACKED_TOKENS, sweep.why)
 
 
 @dataclass(frozen=True)

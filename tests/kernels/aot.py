@@ -144,6 +144,7 @@ CASES: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "short S32 P16 D64 bf16": (lambda: short_rows(32, 16, 64, bf16), (90, 100)),
     "short S64 P20 D64 bf16 dropout": (lambda: short_rows(64, 20, 64, bf16, 0.1), (80, 90)),
     "short S32 P5 D32 fp16 dropout, no dqkv": (lambda: short_rows(32, 5, 32, fp16, 0.1, False), (90,)),
+    "short S64 P128 D64 bf16 dropout": (lambda: short_rows(64, 128, 64, bf16, 0.1), (80, 90)),
     "short S64 P128 D128 bf16 dropout": (lambda: short_rows(64, 128, 128, bf16, 0.1), (80,)),
     "unlike S512 P16 D64 bf16": (lambda: unlike_rows(512, 16, 64, bf16), (90, 100)),
     "unlike S512 P128 D64 bf16 dropout": (lambda: unlike_rows(512, 128, 64, bf16, 0.1), (80,)),

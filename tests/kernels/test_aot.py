@@ -19,7 +19,8 @@ TABLE = Path(__file__).parents[2] / "docs" / "compiled.md"
 COLUMNS = {"case": 34, "kernel": 23, "tiles": 9, "warps": 5, "sm": 3, "registers": 9, "stack": 5, "shared": 6, "matrix": 11}
 MATRIX = {80: "mma.sync", 90: "mma", 100: "mma"}
 ATTENTION = ("forward_kernel", "sweep_kernel", "dq_kernel", "dkdv_kernel", "prefix_grad_kernel", "relative_forward_kernel",
-             "relative_dq_kernel", "relative_dkdv_kernel", "packed_forward_kernel", "packed_sweep_kernel")
+             "relative_dq_kernel", "relative_dkdv_kernel", "packed_forward_kernel", "packed_sweep_kernel", "packed_dq_kernel",
+             "packed_dkdv_kernel")
 
 
 @pytest.fixture(scope="module")

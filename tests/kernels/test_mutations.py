@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def relative(package: str) -> None:
 
 dropped_fused = Attention((17, 25), 5, N=1, dtype=fp16, prefix_dropout_p=0.3)
 packed = Attention((40, 17, 0, 5, 30, 1), 5, N=1, dtype=fp16, spare_rows=3, packed=True)
+packed_apart = replace(packed, lengths=(40, 17, 0, 30, 1, 5, 33, 2), P=36)
 listed = Attention((17, 70, 17), 36, N=1, dtype=fp16, spare_rows=300, listed=True)
 packed_dropped = Attention((9, 17, 5), 5, N=1, dtype=fp16, dropout_p=0.3, packed=True)
 
@@ -175,6 +177,22 @@ MUTATIONS = {
         attention(packed)),
     "packed sweep: delta without the prefix": (
         "prefix_attention_short", "delta += tl.sum(p_probs * p_dprobs, 0)", "delta += 0.0", attention(packed)),
+    "packed dq: without delta": (
+        "prefix_attention_short_bwd", "dq = tl.dot((probs * (dprobs - delta[:, None]))", "dq = tl.dot((probs * dprobs)",
+        attention(packed_apart)),
+    "packed dq: rows of no sequence taken for real": (
+        "prefix_attention_short_bwd", "num_rows = tl.load(cu_seqlens + B) - first", "num_rows = T - first",
+        attention(packed_apart)),
+    "packed dq: a row sees the sequence behind its own": (
+        "prefix_attention_short_bwd", "(end - start).to(tl.uint32)[:, None]", "(end - start + 1).to(tl.uint32)[:, None]",
+        attention(packed_apart)),
+    "packed dk, dv: queries before the tile left out": (
+        "prefix_attention_short_bwd", "for row in range(tl.load(cu_seqlens + first_sequence), stop, BLOCK_M)",
+        "for row in range(first, stop, BLOCK_M)", attention(packed_apart)),
+    "packed dk, dv: queries behind the tile left out": (
+        "prefix_attention_short_bwd", "for row in range(tl.load(cu_seqlens + first_sequence), stop, BLOCK_M)",
+        "for row in range(tl.load(cu_seqlens + first_sequence), tl.minimum(stop, first + BLOCK_N), BLOCK_M)",
+        attention(packed_apart)),
     "sum of partials: one window left out": ("prefix_grad", "mine = rows < C", "mine = rows < C - 1", attention(packed)),
     "list: a sequence's first tile again and again": ("tile_list", "t + 0 * mine", "0 * t + 0 * mine", attention(listed)),
     "list: what is left over clears only a part": (
@@ -228,7 +246,7 @@ def test_the_check_fails(title, tmp_path, monkeypatch):
             del sys.modules[module]
 
 
-@pytest.mark.parametrize("case", [plain, fused, apart, long, dropped, dropped_fused, packed, packed_dropped, listed],
-                         ids=lambda case: str(case.lengths))
+@pytest.mark.parametrize("case", [plain, fused, apart, long, dropped, dropped_fused, packed, packed_dropped, packed_apart,
+                                  listed], ids=lambda case: str(case.lengths))
 def test_the_same_checks_pass_on_the_kernels_themselves(case):
     check_attention(case)
