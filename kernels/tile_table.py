@@ -28,8 +28,8 @@ _ATTENTION = ("itemsize", "head_dim", "tokens", "prompt", "dropout")
 # kernel -> what its shape class consists of. rows: of add_norm and embedding.
 FIELDS: dict[str, tuple[str, ...]] = {
     "forward": _ATTENTION, "sweep": (*_ATTENTION, "fused"), "dq": _ATTENTION, "dkdv": _ATTENTION, "prefix": _ATTENTION,
-    "packed_forward": _ATTENTION, "packed_sweep": _ATTENTION, "relative_forward": _ATTENTION, "relative_dq": _ATTENTION,
-    "relative_dkdv": _ATTENTION, "rows": ("width",)}
+    "packed_forward": _ATTENTION, "packed_sweep": _ATTENTION, "packed_dq": _ATTENTION, "packed_dkdv": _ATTENTION,
+    "relative_forward": _ATTENTION, "relative_dq": _ATTENTION, "relative_dkdv": _ATTENTION, "rows": ("width",)}
 TILES: dict[str, tuple[str, ...]] = {
     kernel: ("rows", "warps") if kernel == "rows" else ("block_m", "block_n", "block_p", "warps", "stages", "registers")
     for kernel in FIELDS}
@@ -37,7 +37,8 @@ TILES: dict[str, tuple[str, ...]] = {
 # where a kernel is, in this folder
 _MODULES = {"forward": ("prefix_attention",), "sweep": ("prefix_attention",), "dq": ("prefix_attention_long",),
             "dkdv": ("prefix_attention_long",), "prefix": ("prefix_grad",), "packed_forward": ("prefix_attention_short",),
-            "packed_sweep": ("prefix_attention_short",), "relative_forward": ("disentangled_attention",),
+            "packed_sweep": ("prefix_attention_short",), "packed_dq": ("prefix_attention_short_bwd",),
+            "packed_dkdv": ("prefix_attention_short_bwd",), "relative_forward": ("disentangled_attention",),
             "relative_dq": ("disentangled_attention_bwd",), "relative_dkdv": ("disentangled_attention_bwd",),
             "rows": ("add_norm", "embedding")}
 
@@ -74,7 +75,7 @@ def sources(kernel: str) -> str:
         if name not in code:
             text = (Path(__file__).parent / f"{name}.py").read_text()
             left += re.findall(r"^from \S+\.kernels\.(\w+) import", text, re.M)
-            left += re.findall(r"\w+", " ".join(re.findall(r"^from \S+\.kernels import (.+)$", text, re.M)))
+            left += re.findall(r"\w+", " ".join(re.findall(r"^from \S+\.kernels import (\([^)]+|.+$)", text, re.M)))
             code[name] = re.sub(r'(?s)""".*?"""|#[^\n]*|\s+', "", text)
     return hashlib.sha256("".join(f"{name}:{code[name]}" for name in sorted(code)).encode()).hexdigest()[:12]
 
@@ -100,7 +101,7 @@ def problem(kernel: str, shape: Mapping[str, int], tiles: Mapping[str, Any]) -> 
     used = [side for side in sides(kernel) if side != "block_p" or shape["prompt"] or kernel == "prefix"]
     if any(tiles[side] < 16 for side in used):
         return f"{', '.join(used)} must be 16 or more"
-    if tiles["block_p"] and not shape["prompt"] and kernel not in ("prefix", "dkdv"):
+    if tiles["block_p"] and not shape["prompt"] and kernel != "prefix" and "block_p" in sides(kernel):
         return "block_p must be 0 without a prefix"
     if kernel.endswith("sweep") and (tiles["block_n"] < shape["tokens"] or tiles["block_p"] < shape["prompt"]):
         return "a sweep holds all keys of a row, and the tiles do not"

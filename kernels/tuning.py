@@ -229,13 +229,14 @@ def _packed_plan(max_seqlen: int, prompt_length: int, head_dim: int, itemsize: i
     keys = min(streamed, 16 if head_dim > 64 else 32)
     dq = replace(plain.dq, block_n=keys, block_p=min(plain.dq.block_p, keys),
                  registers=255 if dropout and itemsize == 2 and head_dim > 64 else None)
+    dq, dkdv = _measured("packed_dq", shape, dq), _measured("packed_dkdv", shape, plain.dkdv)
     if plain.sweep is None:
-        return PackedPlan(forward, None, dq, plain.dkdv, longest, 0, forward.why)
+        return PackedPlan(forward, None, dq, dkdv, longest, 0, forward.why)
     held, warps = (32, 8) if dropout else (plain.sweep.block_p, 4)       # with dropout 16 keys or 4 warps spill on sm_80 or sm_90
     sweep = TileConfig(16, PACKED_TOKENS, held if prompt_length else 0, warps, 1,
                        f"sequences that start in {windows * PACKED_TOKENS} tokens, {PACKED_TOKENS} keys held")
     sweep = _measured("packed_sweep", shape, sweep)
-    return PackedPlan(forward, sweep, dq, plain.dkdv, longest, windows * PACKED_TOKENS, sweep.why)
+    return PackedPlan(forward, sweep, dq, dkdv, longest, windows * PACKED_TOKENS, sweep.why)
 
 
 @dataclass(frozen=True)

@@ -239,17 +239,19 @@ def work(target: Target, config: Any) -> tuple[int, int]:
     """Bytes that the programs of a (sequence, head) read beside what they own, and turns of a program's loop."""
     if target.kernel == "rows":
         return 0, 1
-    shape, times = target.shape, lambda n, side: -(-n // side) if side else 0
+    shape, m, n = target.shape, config.block_m, config.block_n
     S, P = shape.S, shape.P
-    if target.kernel == "packed_forward":                    # a tile's rows, and the rest of the first and of the last sequence
-        keys = config.block_m + S
-        read = times(S, config.block_m) * 2 * (keys + P) * shape.D * (4 if shape.dtype == "fp32" else 2)
-        return read, times(keys, config.block_n) + times(P, config.block_p)
-    rows, turns = {
-        "sweep": lambda: (2 * S, times(S, config.block_m)),
-        "dkdv": lambda: (times(S, config.block_n) * 2 * S, times(S, config.block_m)),
-        "prefix": lambda: (times(P, config.block_p) * 2 * S, times(S, config.block_m)),
-    }.get(target.plain, lambda: (times(S, config.block_m) * 2 * (S + P), times(S, config.block_n) + times(P, config.block_p)))()
+    times = lambda length, side: -(-length // side) if side else 0
+    # packed tiles meet the rest of their first and of their last sequence as well
+    met = lambda own: own + S if target.kernel.startswith("packed") else S
+    if target.plain == "sweep":
+        rows, turns = 2 * S, times(S, m)
+    elif target.plain == "prefix":
+        rows, turns = times(P, config.block_p) * 2 * S, times(S, m)
+    elif target.plain == "dkdv":
+        rows, turns = times(S, n) * 2 * met(n), times(met(n), m)
+    else:
+        rows, turns = times(S, m) * 2 * (met(m) + P), times(met(m), n) + times(P, config.block_p)
     return rows * shape.D * (4 if shape.dtype == "fp32" else 2), turns
 
 

@@ -21,7 +21,8 @@ from ptv2_engine.testing import cu_seqlens_of
 # kernel of tile_table.FIELDS -> the functions that its tiles are for; the first one says that the kernel is there
 LAUNCHES = {"forward": ("forward_kernel",), "sweep": ("sweep_kernel",), "dq": ("dq_kernel",), "dkdv": ("dkdv_kernel",),
             "prefix": ("prefix_grad_kernel", "reduce_kernel"), "packed_forward": ("packed_forward_kernel",),
-            "packed_sweep": ("packed_sweep_kernel",), "relative_forward": ("relative_forward_kernel",),
+            "packed_sweep": ("packed_sweep_kernel",), "packed_dq": ("packed_dq_kernel",), "packed_dkdv": ("packed_dkdv_kernel",),
+            "relative_forward": ("relative_forward_kernel",),
             "relative_dq": ("relative_dq_kernel",), "relative_dkdv": ("relative_dkdv_kernel",),
             "rows": ("add_norm_fwd_kernel", "add_norm_bwd_kernel", "renorm_kernel", "embedding_kernel")}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -208,9 +208,9 @@ from ptv2_engine import tune, tune_cases
 from ptv2_engine.kernels import tile_table, tuning
 from ptv2_engine.tune_candidates import Compiler, label, targets
 if __name__ == "__main__":
-    every = {target.kernel for name in ("S32-P16-D64-bf16-dropout", "S128-P32-D64-bf16", "S128-P32-D128-bf16", "H768",
-                                        "relative-S32-P16-D64-bf16")
-             for target in targets(tune_cases.named(name), list(tile_table.FIELDS))}
+    names = ("S32-P16-D64-bf16-dropout", "S32-P64-D64-bf16", "S128-P32-D64-bf16", "S128-P32-D128-bf16", "H768",
+             "relative-S32-P16-D64-bf16")
+    every = {target.kernel for name in names for target in targets(tune_cases.named(name), list(tile_table.FIELDS))}
     assert every == set(tile_table.FIELDS), every
     ran, tune_cases.TOKENS = [], 256
     JITFunction.run = lambda self, *args, grid, warmup, **options: ran.append((self.__name__, options["num_warps"]))
