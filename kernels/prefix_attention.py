@@ -2,13 +2,13 @@
 
 T tokens of all sequences, B sequences, N heads, D head dim (padded to BLOCK_D), P prompt length, K prompts. c2 = b * N + n.
 
-Forward: one program owns (64 queries, head) of a sequence and walks the prefix's key blocks, then the sequence's own. It serves
-rows of every length: with one block of each kind the online softmax rescales once, which costs BLOCK_M * D multiplications,
-so a kernel of its own for short rows would save nothing.
+Forward: one program owns (64 queries, head) of a sequence and walks the prefix's key blocks, then the sequence's own. Rows that
+fit one block of each kind need no kernel with a plain softmax: rescaling once costs BLOCK_M * D multiplications.
 Backward of short rows: one program owns a (sequence, head), with all its keys in registers and shared memory. delta =
 rowsum(P * dP) is formed on chip, so neither the output nor an fp32 dQ buffer nor a second read of q, dO is needed: 4 reads
 (q, k, v, dO) and 3 writes (dq, dk, dv) of [T, N, D]. Where it pays the prefix gradient leaves as one partial a sequence.
-Other rows: prefix_attention_long.py; the sum of the partials: prefix_grad.py. No atomics anywhere.
+Other rows: prefix_attention_long.py. Batches full of short rows: several a program, prefix_attention_short.py. Lengths far apart:
+tile_list.py. The sum of the partials: prefix_grad.py. No atomics anywhere.
 """
 
 from __future__ import annotations
