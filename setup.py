@@ -39,6 +39,9 @@ COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inli
 CUDA_SOURCES, CUDA_BUILD, CUDA_LIBRARY = ROOT / "csrc" / "cuda", ROOT / "build" / "cuda", PACKAGE / "_cuda_kernels.so"
 CUDA_ARCHS = ("80", "90a")
 CUDA_TARGETS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+# sources that are compiled several times: object -> what is defined for it
+CUDA_INSTANCES = {"sweep_instance": {f"sweep_{element}_{D}": [f"-DPTV2_ELEMENT={element}", f"-DPTV2_HEAD_DIM={D}"]
+                                     for element in ("Bf16", "Fp16") for D in (32, 64, 80, 96, 128)}}
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 KERNEL_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 
@@ -151,8 +154,11 @@ def build_cuda() -> dict[str, Any]:
     if nvcc is None:
         raise CannotBuild(f"no nvcc found at install (looked for {', '.join(map(str, places))})")
     command = [nvcc, *CUDA_FLAGS, f"-I{ROOT / 'csrc' / 'include'}"]
-    compiles = [(source, CUDA_BUILD / f"{source.stem}.o", [*command, *CUDA_TARGETS[-1 if source.stem.endswith("_sm90") else 0:]])
-                for source in sorted(CUDA_SOURCES.glob("*.cu"))]
+    compiles = []
+    for source in sorted(CUDA_SOURCES.glob("*.cu")):
+        targets = CUDA_TARGETS[-1:] if source.stem.endswith("_sm90") else CUDA_TARGETS
+        for name, defines in CUDA_INSTANCES.get(source.stem, {source.stem: []}).items():
+            compiles.append((source, CUDA_BUILD / f"{name}.o", [*command, *targets, *defines]))
     # The runtime goes in statically: the library then loads beside any torch, whose runtime may be another version.
     objects, link = [target for _, target, _ in compiles], [nvcc, "-shared", "-cudart=static", *CUDA_TARGETS, []]
     run_plan(CUDA_BUILD, compiles, [(objects, CUDA_LIBRARY, link)])

@@ -66,6 +66,16 @@ def leaves_of(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
+def ours_in_cuda(case: Attention, seed: int) -> InputSet:
+    """The CUDA C++ kernels, which nothing picks by itself yet. Raises BackendError with the reason where they do not run."""
+
+    def attend(*args: Any) -> Tensor:
+        with ops.use_backend("cuda"):
+            return ops.prefix_attention_qkv(*args)
+
+    return ours(case, seed, attend)
+
+
 def ours(case: Attention, seed: int, attend: Callable[..., Tensor] = ops.prefix_attention_qkv) -> InputSet:
     """attend(qkv, prefix key, prefix value, cu_seqlens, longest)"""
     qkv, prefix, dout = case.draw(seed)

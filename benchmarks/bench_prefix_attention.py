@@ -16,6 +16,7 @@ from benchmarks.attention_peers import (
     flash_attn_gathered,
     flex_packed,
     ours,
+    ours_in_cuda,
     sdpa_padded,
     varlen_gathered,
 )
@@ -24,7 +25,8 @@ from benchmarks.shapes import DIRECTIONS, SHAPES, TOKENS, lengths_of, on_cpu_and
 from ptv2_engine import ops
 
 FORWARDS = {"forward": 1.0, "backward": 2.5, "both": 3.5}
-PEERS = {"SDPA cat, padded": sdpa_padded, "varlen_attn gathered": varlen_gathered, "flash-attn gathered": flash_attn_gathered}
+PEERS = {"ptv2, CUDA C++": ours_in_cuda, "SDPA cat, padded": sdpa_padded, "varlen_attn gathered": varlen_gathered,
+         "flash-attn gathered": flash_attn_gathered}
 
 # model, lengths, P, where ("full": only in --grid full)
 GRID = [("BERT-base", "mrpc", 20, "cpu gpu"), ("BERT-base", "rte", 20, "cpu gpu"), ("BERT-base", "128", 20, "cpu"),

@@ -31,6 +31,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 SMALL = [f"tests/gpu/test_kernels_on_gpu.py::test_{name}" for name in (
     "row_ops[333-1024-0.1-dtype0]", "gelu[none-dtype0]", "attention_dropout[lengths0-16-dtype0]",
     "disentangled_attention[20-0-64-dtype0]", "dequantise[77-320-nf4-dtype0]")]
+SMALL += [f"tests/gpu/test_cuda_on_gpu.py::test_{name}" for name in ("dropout[lengths0-16-dtype0]", "long_rows[case0]")]
 
 
 def run(command: list[str], log: Path, limit: float, **variables: str) -> int:

@@ -1,4 +1,4 @@
-// Prefix attention, backward: its entry, the sum of the partials, and the sweeps of bf16.
+// Prefix attention, backward: its entry, and the sum of the partials. The sweeps themselves: sweep_instance.cu.
 #include "sweep.h"
 
 namespace ptv2::cuda {
@@ -14,8 +14,29 @@ PTV2_KERNEL(256, 1) reduce_kernel(const Attention a) {
   (block_y() == 0 ? a.dprefix_k : a.dprefix_v)[i] = sum;
 }
 
-extern template int backward_of<Fp16>(const Attention&, void*);
-template int backward_of<Bf16>(const Attention&, void*);
+#ifndef PTV2_EMULATE
+#define PTV2_ELSEWHERE(D)                                             \
+  extern template int sweep_of<Bf16, D>(const Attention&, void*);    \
+  extern template int sweep_of<Fp16, D>(const Attention&, void*);
+PTV2_ELSEWHERE(32)
+PTV2_ELSEWHERE(64)
+PTV2_ELSEWHERE(80)
+PTV2_ELSEWHERE(96)
+PTV2_ELSEWHERE(128)
+#undef PTV2_ELSEWHERE
+#endif
+
+template <class E>
+int backward_of(const Attention& a, void* stream) {
+  switch (a.D) {
+    case 32: return sweep_of<E, 32>(a, stream);
+    case 64: return sweep_of<E, 64>(a, stream);
+    case 80: return sweep_of<E, 80>(a, stream);
+    case 96: return sweep_of<E, 96>(a, stream);
+    case 128: return sweep_of<E, 128>(a, stream);
+    default: return INVALID_VALUE;
+  }
+}
 
 }  // namespace ptv2::cuda
 

@@ -433,16 +433,4 @@ int sweep_of(const Attention& a, void* stream) {
   return prefix < ONE ? long_rows<E, D, 1>(a, stream) : INVALID_VALUE;
 }
 
-template <class E>
-int backward_of(const Attention& a, void* stream) {
-  switch (a.D) {
-    case 32: return sweep_of<E, 32>(a, stream);
-    case 64: return sweep_of<E, 64>(a, stream);
-    case 80: return sweep_of<E, 80>(a, stream);
-    case 96: return sweep_of<E, 96>(a, stream);
-    case 128: return sweep_of<E, 128>(a, stream);
-    default: return INVALID_VALUE;
-  }
-}
-
 }  // namespace ptv2::cuda

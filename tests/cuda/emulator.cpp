@@ -1,7 +1,6 @@
 // The CUDA sources as one library of a C++ compiler, behind the same C interface; device memory is the host's.
 #define PTV2_EMULATOR_MAIN
 #include "../../csrc/cuda/prefix_attention_bwd.cu"
-#include "../../csrc/cuda/prefix_attention_bwd_fp16.cu"
 #include "../../csrc/cuda/prefix_attention_dq.cu"
 #include "../../csrc/cuda/prefix_attention_fwd.cu"
 #include "../../csrc/cuda/prefix_attention_fwd_sm90.cu"

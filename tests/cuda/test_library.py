@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import shutil
-import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,52 +13,48 @@ from ptv2_engine import _cuda, build_info, ops
 from ptv2_engine.errors import BackendError
 from ptv2_engine.ops import _dispatch
 
-SHARED_LIMIT = 163 * 1024      # of sm_80, the smaller one
+TABLE = Path(__file__).parent.parent.parent / "docs" / "compiled-cuda.md"
 
 
-@pytest.fixture(scope="module")
-def usage() -> dict[tuple[str, str], dict[str, int]]:
-    """(architecture, kernel) -> registers, stack and so on."""
+@pytest.fixture
+def resources():
+    """The module that looks into the library."""
     if not _cuda.LIBRARY.exists():
         assert shutil.which("nvcc") is None, f"nvcc is here, but: {build_info.recorded().get('cuda')}"
         pytest.skip("no nvcc")
-    triton = pytest.importorskip("triton")
-    tool = f"{triton.__path__[0]}/backends/nvidia/bin/cuobjdump"
-    dump = subprocess.run([tool, "--dump-resource-usage", str(_cuda.LIBRARY)], capture_output=True, text=True, check=True).stdout
-    found = {}
-    for part in dump.split("Fatbin elf code:")[1:]:
-        arch = re.search(r"arch = (\S+)", part).group(1)
-        for name, fields in re.findall(r"Function (\S+):\n\s*(.+)", part):
-            found[arch, name] = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", fields)}
-    return found
+    pytest.importorskip("triton")
+    import resources
+
+    return resources
 
 
-def test_every_kernel_is_there_for_every_architecture_and_spills_nothing(usage, capsys):
+def test_every_kernel_is_there_for_every_architecture_and_spills_nothing(resources):
+    usage = resources.usage()
     archs = {arch for arch, _ in usage}
     assert archs == set(build_info.recorded()["cuda"]["archs"]) == {"sm_80", "sm_90a"}
     kernels = {arch: {name for other, name in usage if other == arch} for arch in archs}
     assert len(kernels["sm_80"]) == 49                                       # 10 forward, 10 dq, 28 sweeps, 1 sum of partials
-    assert kernels["sm_90a"] - kernels["sm_80"] == {name for name in kernels["sm_90a"] if "wide_forward" in name}
-    assert len(kernels["sm_90a"]) == 53
-    with capsys.disabled():
-        print()
-        for (arch, name), used in usage.items():
-            print(f"{arch:>7} {used['REG']:>4} registers {used['STACK']:>4} bytes of stack  {name[:100]}")
+    wide = {f"wide_forward_kernel<{element}, {D}>" for element in ("Bf16", "Fp16") for D in _cuda.WIDE_HEAD_DIMS}
+    assert kernels["sm_90a"] == kernels["sm_80"] | wide
     assert not [key for key, used in usage.items() if used["STACK"] or used.get("LOCAL") or used["REG"] > 255]
 
 
-def test_the_products_run_on_tensor_cores(usage):
+def test_the_committed_table_is_of_these_kernels(resources):
+    if build_info.recorded()["cuda"]["nvcc"] not in TABLE.read_text():
+        pytest.skip("made by another nvcc")
+    assert TABLE.read_text() == resources.markdown(), "python tests/cuda/resources.py --markdown docs/compiled-cuda.md"
+
+
+def test_the_products_run_on_tensor_cores(resources):
     """mma, ldmatrix and cp.async by their names in machine code; warpgroup products in the wide forward."""
-    tool = f"{pytest.importorskip('triton').__path__[0]}/backends/nvidia/bin/cuobjdump"
-    code = subprocess.run([tool, "-sass", "-arch", "sm_90a", str(_cuda.LIBRARY)], capture_output=True, text=True).stdout
-    functions = {function.split()[0]: function for function in code.split("Function : ")[1:]}
-    assert len(functions) == 53
-    for name, function in functions.items():
-        product = "HGMMA.64x" if "wide_forward" in name else "HMMA.16816.F32"
-        assert "reduce" in name or all(word in function for word in (product, "LDSM", "LDGSTS")), name
+    found = resources.instructions("sm_90a")
+    assert len(found) == 53
+    for name, words in found.items():
+        product = "HGMMA" if name.startswith("wide_forward") else "HMMA.16816.F32"
+        assert name == "reduce_kernel" or {product, "LDSM", "LDGSTS"} <= words, name
 
 
-def test_both_sides_agree_on_the_arguments(usage):
+def test_both_sides_agree_on_the_arguments(resources):
     assert _cuda.library.__wrapped__().ptv2_cuda_arguments_size() == ctypes.sizeof(_cuda.Arguments)
 
 

@@ -35,6 +35,16 @@ def test_dropout(lengths, P, dtype):
     check_attention(mixed_prompts(case), PACKAGE)
 
 
+@pytest.mark.parametrize("case", [
+    Attention((300, 0, 70), 20, N=2, D=64, dtype=bf16, spare_rows=3), Attention((1000, 513), 128, N=4, D=64, dtype=bf16),
+    Attention((1500, 33, 2048), 100, N=2, D=128, dtype=fp16, keep_out=True), Attention((700, 300), 200, N=2, D=32, dtype=bf16),
+    mixed_prompts(Attention((700, 0, 150, 20), 70, N=3, D=80, dtype=bf16, dropout_p=0.1, prefix_dropout_p=0.1)),
+    mixed_prompts(Attention((700, 0, 150, 20), 70, N=3, D=64, dtype=fp16, dropout_p=0.1, prefix_dropout_p=0.1))])
+def test_long_rows(case):
+    """On Hopper D = 64 and 128 take the forward on warpgroup products."""
+    check_attention(case, PACKAGE)
+
+
 def many(**changes: object) -> Attention:
     """200 sequences of 1 to 127 tokens: a block sweeps several."""
     lengths = tuple(int(n) for n in torch.randint(1, 128, (200,), generator=torch.Generator().manual_seed(0)))
