@@ -74,7 +74,7 @@ def packed_forward_kernel(q_TND, k_TND, v_TND, prefix_k, prefix_v, out_TND, lse_
         index = (j + tl.arange(0, BLOCK_N))[None, :] - start[:, None]
         seen = index.to(tl.uint32) < (end - start).to(tl.uint32)[:, None]       # a key before the sequence is a large number
         kept = shifted(bits[:, None], index) if DROPOUT else None
-        acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, stop - j, scale2, 1.0, 0, 0, 0, 0, seed, threshold, site,
+        acc, row_max, row_sum = attend(acc, row_max, row_sum, q, k, v, BLOCK_N, scale2, 1.0, 0, 0, 0, 0, seed, threshold, site,
                                        BLOCK_M, BLOCK_N, DROPOUT, PRECISION, seen, kept=kept)
     real = rows < end               # rows past the last sequence are 0
     inverse = 1.0 / row_sum
