@@ -42,7 +42,7 @@ def run(argv: list[str]) -> None:
                         help="processes that compile (default: a CPU each, 16 at most)")
     args = parser.parse_args(argv)
     check_settings(args)
-    from ptv2_engine import tune, tune_cases
+    from ptv2_engine import tune_cases
     from ptv2_engine.tune_candidates import ORDER, Compiler, targets
 
     groups = {"short": tune_cases.short, "full": tune_cases.full}
@@ -62,6 +62,8 @@ def run(argv: list[str]) -> None:
             for target in (target for group in found.values() for target in group):
                 show(target, compiler, args.changes)
             return
+        from ptv2_engine import tune  # not needed for a dry run, and slow to import
+
         device = args.device_name or torch.cuda.get_device_name()
         path = args.output / tile_table.file_name(device)
         for shape, group in found.items():

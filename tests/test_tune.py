@@ -191,12 +191,13 @@ def run_python(*arguments: str) -> str:
 
 
 def test_a_dry_run_shows_what_would_be_measured():
-    out = run_python("-m", "ptv2_engine.cli", "tune", "--kernels", "sweep", "--shapes", "S128-P32-D64-bf16", "--dry-run",
-                     "--arch", "90", "--jobs", "2")
+    out = run_python("-m", "ptv2_engine.cli", "tune", "--kernels", "prefix", "--shapes", "S512-P16-D64-bf16", "--dry-run",
+                     "--arch", "90", "--jobs", "1")
     lines = out.splitlines()
     assert lines[0].startswith("Left to measure on sm_90, the most promising first: 8 warps resident")
-    assert "sweep, S128-P32-D64-bf16" in lines and any("= 32x128x32, 8 warps, 1 stages" in line for line in lines)
+    assert "prefix, S512-P16-D64-bf16" in lines and any("= 32x16, 1 warps, 1 stages" in line for line in lines)
     assert any(line.startswith("   1 ") for line in lines)
+    assert any("left out: spills" in line for line in lines)
 
 
 FAKE_GPU = """
