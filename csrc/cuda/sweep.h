@@ -1,14 +1,15 @@
 // Prefix attention, backward: one sweep over the queries makes dq, dk, dv and the prefix's gradient.
 //
-// A block owns a head and every groups-th sequence. All keys of a sequence, the prefix's and its own, lie in shared memory, cut
-// into strips of 16; a warp owns STRIPS of them with dK and dV in registers. Queries stream by in tiles of QUERIES:
+// A block owns a head and a share of the sequences, which it meets in packs of neighbours. All keys of a pack and its prefix lie
+// in shared memory, cut into strips of 16 of one sequence each; a warp owns STRIPS of them with dK and dV in registers. The
+// pack's queries stream by in tiles of QUERIES, and a strip leaves out the tiles in which its sequence has none:
 //     S^T = K Q^T, dP^T = V dO^T             (a strip's keys as rows, the tile's queries as columns)
 //     delta = column sums of P * dP          over all strips, through shared memory: neither the output nor its product with
 //                                            dO is read, and no kernel has to run first
 //     dV += P^T dO, dK += dS^T Q             in registers
 //     dQ  = dS K                             dS^T of all strips through shared memory, written once
-// While a tile is worked on, the next one arrives, the first of the next sequence with that sequence's keys.
-// The prefix's strips keep their sums from sequence to sequence, so its gradient costs neither a second read of q and dO nor a
+// While a tile is worked on, the next one arrives, the first of the next pack with that pack's keys.
+// The prefix's strips keep their sums from pack to pack, so its gradient costs neither a second read of q and dO nor a
 // partial sum for each sequence: one partial a group, added in a fixed order by reduce_kernel. No atomics anywhere.
 // HBM: q, k, v, dO read and dq, dk, dv written once.
 //
@@ -17,7 +18,7 @@
 // query tiles by turns, so that each tile counts once for them too.
 #pragma once
 
-#include "tile.h"
+#include "steps.h"
 
 namespace ptv2::cuda {
 
@@ -26,10 +27,11 @@ struct SweepShape {
   static constexpr int QUERIES = STRIPS == 1 && D <= 64 ? 32 : 16;
   static constexpr int WARPS = STRIPS == 1 && D <= 64 ? 12 : 8;  // with 168 registers a thread, or 255
   static constexpr int PROBS_ROW = QUERIES + 8;
-  // Bytes; at most 161 KiB, which sm_80 and sm_90 have.
+  // Bytes; at most 162 KiB, which sm_80 and sm_90 have.
   static constexpr int shared(int prefix_strips, int token_strips, int warps) {
     const int keys = 16 * (prefix_strips + 2 * token_strips), probs = 16 * (prefix_strips + token_strips);
-    return 2 * (2 * keys * ROW<D> + 4 * QUERIES * ROW<D> + probs * PROBS_ROW) + 4 * warps * QUERIES;
+    return 2 * (2 * keys * ROW<D> + 4 * QUERIES * ROW<D> + probs * PROBS_ROW) + 4 * warps * QUERIES +
+           2 * token_strips * static_cast<int>(sizeof(Owner));
   }
 };
 
@@ -63,125 +65,149 @@ PTV2_DEVICE void store_partial(const Attention& a, int prompt, int n, int first,
   }
 }
 
-// A tile of QUERIES queries, from query `first` on, that meets piece `piece` of the keys of sequence b. The pieces, of `keys` tokens
-// each, of all sequences are dealt out to the groups in turn.
-template <int QUERIES>
-struct Step {
-  int b, piece, first = 0;
-  Sequence of;
-  PTV2_DEVICE Step(const Attention& a, int group, int keys, bool turns) : b(0), piece(group) {
-    if (!done(a)) of = sequence(a, 0);
-    settle(a, keys, turns);
-  }
-  PTV2_DEVICE bool done(const Attention& a) const { return b >= a.B; }
-  PTV2_DEVICE int pieces(int keys) const { return ceil_div(of.length, keys); }
-  // To the next tile; turns: of those that are this piece's when the pieces share out the tiles. True: to another piece.
-  PTV2_DEVICE bool advance(const Attention& a, int keys, bool turns) {
-    first += turns ? QUERIES * pieces(keys) : QUERIES;
-    if (first < of.length) return false;
-    piece += a.groups;
-    settle(a, keys, turns);
-    return true;
-  }
-  PTV2_DEVICE bool its_turn(int keys) const { return first / QUERIES % pieces(keys) == piece; }
-
- private:
-  PTV2_DEVICE void settle(const Attention& a, int keys, bool turns) {
-    while (!done(a) && piece >= pieces(keys)) {
-      piece -= pieces(keys);
-      if (++b < a.B) of = sequence(a, b);
-    }
-    first = turns ? piece * QUERIES : 0;
-  }
+template <bool LONG, int QUERIES, bool SEVERAL>
+struct StepOf {
+  using Type = Pack<QUERIES, SEVERAL>;
+};
+template <int QUERIES, bool SEVERAL>
+struct StepOf<true, QUERIES, SEVERAL> {
+  using Type = Piece<QUERIES>;
 };
 
 template <class E, int D, int STRIPS, bool LONG>
 struct Sweep {
   using Shape = SweepShape<D, STRIPS>;
   static constexpr int QUERIES = Shape::QUERIES, TILES = QUERIES / 8, PROBS_ROW = Shape::PROBS_ROW;
-  using Step = cuda::Step<QUERIES>;
+  static constexpr bool SEVERAL = !LONG && STRIPS == 1;  // sequences a pack
+  using Step = typename StepOf<LONG, QUERIES, SEVERAL>::Type;
 
   const Attention& a;
-  const int n = block_y(), column = n * D, w = warp(), warps = num_threads() / 32;
-  const int64_t row = static_cast<int64_t>(a.N) * D;
-  const int prefix_strips = ceil_div(a.P, 16), token_strips = LONG ? warps * STRIPS - prefix_strips : ceil_div(a.longest, 16);
+  const int n = block_y(), w = warp(), warps = num_threads() / 32;
+  PTV2_DEVICE int column() const { return n * D; }
+  PTV2_DEVICE int64_t row() const { return static_cast<int64_t>(a.N) * D; }
+  const int prefix_strips = ceil_div(a.P, 16), token_strips = warps * STRIPS - prefix_strips;
   PTV2_DEVICE bool need_tokens() const { return a.dqkv != nullptr; }
   PTV2_DEVICE bool need_prefix() const { return a.partial != nullptr; }
   E* const prefix_k = reinterpret_cast<E*>(shared_memory());
   E* const prefix_v = prefix_k + prefix_strips * 16 * ROW<D>;
-  E* const token_k = prefix_v + prefix_strips * 16 * ROW<D>;  // [2, keys, D], then the values: two sequences' of each
+  E* const token_k = prefix_v + prefix_strips * 16 * ROW<D>;  // [2, keys, D], then the values: two packs' of each
   E* const q_tiles = token_k + 4 * token_strips * 16 * ROW<D>;
   E* const do_tiles = q_tiles + 2 * QUERIES * ROW<D>;
   E* const ds_tile = do_tiles + 2 * QUERIES * ROW<D>;  // [all keys, QUERIES]
   float* const delta_parts = reinterpret_cast<float*>(ds_tile + (prefix_strips + token_strips) * 16 * PROBS_ROW);  // of each warp
+  Owner* const owners = reinterpret_cast<Owner*>(delta_parts + warps * QUERIES);  // [2, token_strips]
   float dk[STRIPS][D / 8][4] = {}, dv[STRIPS][D / 8][4] = {};
   // A dropped probability is negative until products() has seen it.
   float probs[STRIPS][TILES][4], dprobs[STRIPS][TILES][4];
 
   PTV2_DEVICE explicit Sweep(const Attention& a) : a(a) {}
 
-  PTV2_DEVICE int piece_keys() const { return LONG ? token_strips * 16 : 1 << 30; }
   // Where the tokens' gradients are not wanted, only the prefix meets the queries, each of which then lies beside one piece.
   PTV2_DEVICE bool turns() const { return LONG && !need_tokens(); }
 
-  // A strip of 16 keys at hand, and how many of them take part. Of one that has none nothing is read or written.
+  // A strip of 16 keys at hand, of which `count` exist: of sequence b from its `first` on, or of the prefix. Of one that does not
+  // meet the tile's queries nothing is read or written.
   struct Strip {
-    bool prefix;
-    int first, count;
+    bool prefix, meets;
+    int b, start, first, count;
     E *k, *v;
     float value_scale;
   };
   PTV2_DEVICE Strip strip(int index, const Step& step, int stage) const {
-    const bool prefix = index < prefix_strips;
-    const int in_tile = (prefix ? index : index - prefix_strips) * 16, tokens = token_strips * 16 * ROW<D>;
-    const int first = LONG && !prefix ? step.piece * token_strips * 16 + in_tile : in_tile;
-    int count = (prefix ? step.of.num_prefix : step.of.length) - first;
-    if (LONG && (prefix ? !step.its_turn(piece_keys()) : !need_tokens())) count = 0;
-    E* const k = (prefix ? prefix_k : token_k + stage * tokens) + in_tile * ROW<D>;
-    return {prefix, first, count, k, k + (prefix ? prefix_strips * 16 * ROW<D> : 2 * tokens), prefix ? a.prefix_scale : 1.0f};
+    const int tokens = token_strips * 16 * ROW<D>;
+    if (index < prefix_strips) {
+      E* const k = prefix_k + index * 16 * ROW<D>;
+      const int count = step.of.num_prefix - index * 16;
+      bool meets = count > 0;
+      if constexpr (LONG) meets = meets && step.its_turn(token_strips);
+      return {true, meets, step.b, step.of.start, index * 16, count, k, k + prefix_strips * 16 * ROW<D>, a.prefix_scale};
+    }
+    const int token_strip = index - prefix_strips;
+    E* const k = token_k + stage * tokens + token_strip * 16 * ROW<D>;
+    Owner owner;
+    bool meets = !turns();
+    if constexpr (SEVERAL) {
+      owner = owners[stage * token_strips + token_strip];
+      const int from = owner.start - step.of.start - step.first;  // in the tile
+      meets = from < QUERIES && from + owner.length > 0;
+    } else {
+      owner = step.owner(a, token_strips, token_strip);
+    }
+    const int count = owner.length - owner.first;
+    return {false, meets && count > 0, owner.b, owner.start, owner.first, count, k, k + 2 * tokens, 1.0f};
   }
 
   PTV2_DEVICE void fetch_prefix(int prompt, int num_prefix) {
-    copy_rows<E, D>(prefix_k, prefix_strips * 16, static_cast<const E*>(a.prefix_k) + prompt * a.prefix_k_prompt + column, 0,
+    copy_rows<E, D>(prefix_k, prefix_strips * 16, static_cast<const E*>(a.prefix_k) + prompt * a.prefix_k_prompt + column(), 0,
                     a.prefix_k_row, num_prefix);
-    copy_rows<E, D>(prefix_v, prefix_strips * 16, static_cast<const E*>(a.prefix_v) + prompt * a.prefix_v_prompt + column, 0,
+    copy_rows<E, D>(prefix_v, prefix_strips * 16, static_cast<const E*>(a.prefix_v) + prompt * a.prefix_v_prompt + column(), 0,
                     a.prefix_v_row, num_prefix);
   }
 
+  // Starts copying the keys and values of a pack or piece. All threads meet here.
   PTV2_DEVICE void fetch_keys(const Step& step, int stage) {
     if (turns()) return;
-    const int first = LONG ? step.piece * token_strips * 16 : 0, count = step.of.length - first;
-    const int rows = LONG ? token_strips * 16 : ceil_div(count, 16) * 16, tokens = token_strips * 16 * ROW<D>;
-    E* const k = token_k + stage * tokens;
-    copy_rows<E, D>(k, rows, static_cast<const E*>(a.k) + column, step.of.start + first, a.k_row, count);
-    copy_rows<E, D>(k + 2 * tokens, rows, static_cast<const E*>(a.v) + column, step.of.start + first, a.v_row, count);
+    const int tokens = token_strips * 16 * ROW<D>;
+    if constexpr (!SEVERAL) {
+      E* const k = token_k + stage * tokens;
+      const Owner owner = step.owner(a, token_strips, 0);
+      const int rows = token_strips * 16, count = owner.length - owner.first;
+      copy_rows<E, D>(k, rows, static_cast<const E*>(a.k) + column(), owner.start + owner.first, a.k_row, count);
+      copy_rows<E, D>(k + 2 * tokens, rows, static_cast<const E*>(a.v) + column(), owner.start + owner.first, a.v_row, count);
+      return;
+    }
+    if (thread() < token_strips) owners[stage * token_strips + thread()] = step.owner(a, token_strips, thread());
+    sync();
+    for (int i = thread(); i < token_strips * 16 * (D / 8); i += num_threads()) {
+      const int at = i / (D / 8), d = i % (D / 8) * 8;
+      const Owner owner = owners[stage * token_strips + at / 16];
+      const int key = owner.first + at % 16;
+      const bool valid = key < owner.length;
+      const int64_t token = valid ? owner.start + key : 0;
+      E* const to = token_k + stage * tokens + at * ROW<D> + d;
+      copy16(to, static_cast<const E*>(a.k) + token * a.k_row + column() + d, valid);
+      copy16(to + 2 * tokens, static_cast<const E*>(a.v) + token * a.v_row + column() + d, valid);
+    }
   }
 
   PTV2_DEVICE void fetch_queries(const Step& step, int parity) {
     const int at = parity * QUERIES * ROW<D>, count = step.of.length - step.first;
-    copy_rows<E, D>(q_tiles + at, QUERIES, static_cast<const E*>(a.q) + column, step.of.start + step.first, a.q_row, count);
-    copy_rows<E, D>(do_tiles + at, QUERIES, static_cast<const E*>(a.dout) + column, step.of.start + step.first, row, count);
+    copy_rows<E, D>(q_tiles + at, QUERIES, static_cast<const E*>(a.q) + column(), step.of.start + step.first, a.q_row, count);
+    copy_rows<E, D>(do_tiles + at, QUERIES, static_cast<const E*>(a.dout) + column(), step.of.start + step.first, row(), count);
   }
 
-  // Of query `lane`: the log-sum-exp, in base 2, and delta where it is known. Past the end lse is +inf, no probability.
+  // Of query `lane`: its sequence, the log-sum-exp in base 2, and delta where it is known. Past the end lse
+  // is +inf, no probability.
   struct Statistics {
-    float lse2, delta;
+    int b = 0;
+    float lse2 = INFINITY, delta = 0;
   };
   PTV2_DEVICE Statistics fetch_statistics(const Step& step) const {
     const int query = step.first + lane();
-    if (lane() >= QUERIES || query >= step.of.length) return {INFINITY, 0};
-    const int64_t at = static_cast<int64_t>(n) * a.T + step.of.start + query;
-    return {a.lse[at] * LOG2E, LONG ? a.delta[at] : 0};
+    if (lane() >= QUERIES || query >= step.of.length) return {};
+    const int token = step.of.start + query;
+    const int64_t at = static_cast<int64_t>(n) * a.T + token;
+    const int b = step.sequence_of(a, token);
+    return {b, a.lse[at] * LOG2E, LONG ? a.delta[at] : 0};
+  }
+
+  // Which of a fragment's numbers are kept: rows are a strip's keys, columns the tile's queries column...
+  PTV2_DEVICE uint32_t kept(const Strip& keys, const Step& step, const Statistics& statistics, int column_at) const {
+    const int mine = column_at + column_of_draw();
+    int b = keys.b, start = keys.start;
+    if (SEVERAL && keys.prefix) b = shuffle(statistics.b, mine), start = a.cu_seqlens[b];
+    const int place = step.of.start + step.first + mine - start;
+    const Draw draw(a, b * a.N + n, keys.prefix ? philox::PREFIX_PROB : philox::TOKEN_PROB, a.threshold);
+    return kept_by_keys(draw, keys.first, place);
   }
 
   // P^T and dP^T of this warp's strips; this warp's part of delta to shared memory.
-  PTV2_DEVICE void probabilities(const Step& step, int stage, const E* q, const E* dout, float lse2) {
+  PTV2_DEVICE void probabilities(const Step& step, int stage, const E* q, const E* dout, const Statistics& statistics) {
     float sums[TILES][2] = {};
-    const int c2 = step.b * a.N + n;
 #pragma unroll
     for (int s = 0; s < STRIPS; ++s) {
       const Strip keys = strip(w * STRIPS + s, step, stage);
-      if (keys.count <= 0) continue;
+      if (!keys.meets) continue;
 #pragma unroll
       for (int j = 0; j < TILES; ++j)
 #pragma unroll
@@ -189,17 +215,18 @@ struct Sweep {
       multiply_rows<E, D, TILES>(probs[s], keys.k, q);
       multiply_rows<E, D, TILES>(dprobs[s], keys.v, dout);
       const float scale2 = a.scale * LOG2E * keys.value_scale;
-      const Draw draw(a, c2, keys.prefix ? philox::PREFIX_PROB : philox::TOKEN_PROB, a.threshold);
+      // no probability where the query is another sequence's
+      const float lse2 = !SEVERAL || keys.prefix || statistics.b == keys.b ? statistics.lse2 : INFINITY;
 #pragma unroll
       for (int j = 0; j < TILES; ++j) {
-        const uint32_t kept = a.threshold ? kept_by_keys(draw, keys.first, step.first + j * 8) : 0x1111u;
+        const uint32_t bits = a.threshold ? kept(keys, step, statistics, j * 8) : 0x1111u;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float lse = shuffle(lse2, j * 8 + lane() % 4 * 2 + i);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float &prob = probs[s][j][half * 2 + i], &dprob = dprobs[s][j][half * 2 + i];
-            const bool keep = kept >> 4 * (half * 2 + i) & 1;
+            const bool keep = bits >> 4 * (half * 2 + i) & 1;
             prob = lane() / 4 + half * 8 < keys.count ? power_of_2(prob * scale2 - lse) : 0.0f;
             dprob *= keep ? keys.value_scale * a.keep_scale : 0.0f;
             if (!LONG) sums[j][i] += prob * dprob;
@@ -236,7 +263,7 @@ struct Sweep {
     for (int s = 0; s < STRIPS; ++s) {
       const int index = w * STRIPS + s;
       const Strip keys = strip(index, step, stage);
-      if (keys.count <= 0) continue;
+      if (!keys.meets) continue;
 #pragma unroll
       for (int j = 0; j < TILES; ++j)
 #pragma unroll
@@ -276,7 +303,7 @@ struct Sweep {
       float dq[2][4] = {};
       for (int index = 0; index < prefix_strips + token_strips; ++index) {
         const Strip keys = strip(index, step, stage);
-        if (keys.count <= 0) continue;
+        if (!keys.meets) continue;
         uint32_t left[4], right[4];
         load_matrices_transposed(left, ds_tile + index * 16 * PROBS_ROW + tile + left_transposed_at(PROBS_ROW));
         load_matrices_transposed(right, keys.k + d + right_transposed_at(ROW<D>));
@@ -288,7 +315,7 @@ struct Sweep {
         const int query = step.first + tile + lane() / 4 + half * 8;
         if (query >= step.of.length) continue;
         const int64_t token = step.of.start + query;
-        E* const to = static_cast<E*>(a.dqkv) + token * 3 * row + column + d + lane() % 4 * 2;
+        E* const to = static_cast<E*>(a.dqkv) + token * 3 * row() + column() + d + lane() % 4 * 2;
         store_pair<E>(to, dq[0][half * 2] * a.scale, dq[0][half * 2 + 1] * a.scale);
         store_pair<E>(to + 8, dq[1][half * 2] * a.scale, dq[1][half * 2 + 1] * a.scale);
       }
@@ -296,7 +323,7 @@ struct Sweep {
   }
 
   // dK and dV of a token strip, staged where its keys and values were.
-  PTV2_DEVICE void store_tokens(const Sequence& of, const Strip& keys, int s) {
+  PTV2_DEVICE void store_tokens(const Strip& keys, int s) {
     const int at = lane() / 4 * ROW<D> + lane() % 4 * 2;
 #pragma unroll
     for (int d = 0; d < D / 8; ++d)
@@ -307,21 +334,20 @@ struct Sweep {
         store_pair<E>(keys.v + to, dv[s][d][half * 2], dv[s][d][half * 2 + 1]);
       }
     sync_warp();
-    E* const to = static_cast<E*>(a.dqkv) + row + column;
-    store_rows<E, D>(to, of.start + keys.first, 3 * row, keys.count, keys.k, 16);
-    store_rows<E, D>(to + row, of.start + keys.first, 3 * row, keys.count, keys.v, 16);
+    E* const to = static_cast<E*>(a.dqkv) + row() + column();
+    store_rows<E, D>(to, keys.start + keys.first, 3 * row(), keys.count, keys.k, 16);
+    store_rows<E, D>(to + row(), keys.start + keys.first, 3 * row(), keys.count, keys.v, 16);
   }
 
-  // What a sequence leaves behind: its own gradients, and the prefix's where the next sequence has other masks or may have
+  // What a pack or piece leaves behind: its tokens' gradients, and the prefix's where the next one has other masks or may have
   // another prompt.
   PTV2_DEVICE void finish(const Step& step, int stage, bool add_up) {
 #pragma unroll
     for (int s = 0; s < STRIPS; ++s) {
       const Strip keys = strip(w * STRIPS + s, step, stage);
-      const bool absent = keys.prefix ? keys.first >= step.of.num_prefix : keys.count <= 0;  // of the prefix in any tile
-      if (absent || (keys.prefix ? !need_prefix() || !add_up : !need_tokens())) continue;
+      if (keys.count <= 0 || (keys.prefix ? !need_prefix() || !add_up : !need_tokens())) continue;
       if (keys.prefix) store_partial<D, true>(a, step.of.prompt, n, keys.first, dk[s], dv[s], step.b * a.N + n);
-      else store_tokens(step.of, keys, s);
+      else store_tokens(keys, s);
 #pragma unroll
       for (int d = 0; d < D / 8; ++d)
 #pragma unroll
@@ -340,10 +366,10 @@ struct Sweep {
     const bool add_up = a.prefix_threshold != 0 || a.K > 1;
     if (need_prefix() && add_up)
       for (int prompt = 0; prompt < a.K; ++prompt) store_prefix(prompt);
-    Step step(a, block_x(), piece_keys(), turns());
-    int held = -1, parity = 0, stage = 0;  // the prompt in shared memory; where this tile and this sequence's keys lie
-    bool fresh = true;                     // the first tile of a sequence, or of a piece of its keys
-    Statistics statistics = {0, 0};
+    Step step(a, block_x(), token_strips, turns());
+    int held = -1, parity = 0, stage = 0;  // the prompt in shared memory; where this tile and these keys lie
+    bool fresh = true;                     // the first tile of a pack or piece
+    Statistics statistics;
     if (!step.done(a)) {
       fetch_keys(step, stage);
       fetch_queries(step, parity);
@@ -358,8 +384,8 @@ struct Sweep {
       wait<0>();
       sync();
       Step next = step;
-      const bool last = next.advance(a, piece_keys(), turns()), more = !next.done(a);
-      Statistics next_statistics = {0, 0};
+      const bool last = next.advance(a, token_strips, turns()), more = !next.done(a);
+      Statistics next_statistics;
       if (more) {
         if (last) fetch_keys(next, 1 - stage);
         fetch_queries(next, 1 - parity);
@@ -372,7 +398,7 @@ struct Sweep {
         sync();
       }
       const E *const q = q_tiles + parity * QUERIES * ROW<D>, *const dout = do_tiles + parity * QUERIES * ROW<D>;
-      probabilities(step, stage, q, dout, statistics.lse2);
+      probabilities(step, stage, q, dout, statistics);
       if (!LONG) {
         sync();
         statistics.delta = sum_of_parts();
@@ -386,8 +412,8 @@ struct Sweep {
         stage = 1 - stage;
       }
       parity = 1 - parity, statistics = next_statistics, fresh = last;
-      step.b = next.b, step.piece = next.piece, step.first = next.first;
-      if (more) step.of = sequence(a, step.b);  // read again: it is at hand, and would take registers
+      step.go(next);
+      if (more) step.reread(a);  // it is at hand, and would take registers
     }
     if (need_prefix() && !add_up) store_prefix(0);
   }
@@ -407,8 +433,10 @@ PTV2_KERNEL(32 * (SweepShape<D, STRIPS>::WARPS), 1) sweep_kernel(const Attention
 template <class E, int D, int STRIPS, bool LONG>
 int sweep(const Attention& a, void* stream) {
   using Shape = SweepShape<D, STRIPS>;
-  const int prefix = ceil_div(a.P, 16), tokens = LONG ? Shape::WARPS * STRIPS - prefix : ceil_div(a.longest, 16);
-  const int warps = ceil_div(prefix + tokens, STRIPS);
+  const int prefix = ceil_div(a.P, 16), longest = ceil_div(a.longest, 16), room = Shape::WARPS * STRIPS - prefix;
+  int wanted = room;
+  if (!LONG) wanted = room < 8 || longest > 8 ? longest : 8;  // short rows share a pack of 128 tokens
+  const int warps = ceil_div(prefix + wanted, STRIPS), tokens = warps * STRIPS - prefix;
   const dim3 grid{static_cast<unsigned>(a.groups + 1), static_cast<unsigned>(a.N), 1};
   return launch(sweep_kernel<E, D, STRIPS, LONG>, grid, warps * 32, Shape::shared(prefix, tokens, warps), stream, a);
 }

@@ -38,6 +38,7 @@ PTV2_DEVICE Sequence sequence(const Attention& a, int b) {
 template <class E, int D, class Layout = Padded<D>>
 PTV2_DEVICE void copy_rows(E* to, int rows, const void* from, int64_t first, int64_t stride, int count) {
   const E* source = static_cast<const E*>(from) + first * stride;
+#pragma unroll 2  // more would take registers for addresses
   for (int i = thread(); i < rows * (D / 8); i += num_threads()) {
     const int row = i / (D / 8), column = i % (D / 8) * 8;
     const bool valid = row < count;
@@ -140,17 +141,21 @@ PTV2_DEVICE uint32_t kept_by_queries(const Draw& draw, int row, int column) {
   return t % 2 ? (other >> 2) | (mine >> 2) << 2 : (mine & 3) | (other & 3) << 2;
 }
 
-// The same where rows are keys row.. and columns are queries column... Four lanes share the counters of all four numbers.
-PTV2_DEVICE uint32_t kept_by_keys(const Draw& draw, int row, int column) {
+// The column, of a fragment whose rows are keys, whose counter this lane makes in kept_by_keys.
+PTV2_DEVICE int column_of_draw() { return lane() % 4 * 2 + lane() / 4 % 2; }
+
+// Bits 0, 4, 8 and 12: the numbers of a fragment whose rows are keys row... `query` is the place, in its sequence, of the query
+// of column_of_draw(), and the draw that query's. Four lanes share the counters of all four numbers, so each makes one.
+PTV2_DEVICE uint32_t kept_by_keys(const Draw& draw, int row, int query) {
   const int g = lane() / 4, t = lane() % 4, m = g % 4;
-  const uint32_t mine = draw.kept(row / 4 + m / 2 * 2 + g / 4, column + 2 * t + m % 2);
+  const uint32_t mine = draw.kept(row / 4 + m / 2 * 2 + g / 4, query);
   uint32_t of_word = 0;
 #pragma unroll
   for (int word = 0; word < 4; ++word) {
     const uint32_t all = ballot(mine >> word & 1);
     if (m == word) of_word = all;
   }
-  return of_word >> t >> g / 4 * 16;  // bits 0, 4, 8, 12 belong to the fragment's numbers 0 to 3
+  return of_word >> t >> g / 4 * 16;
 }
 
 // Zeroes what a sequence's own dropout takes from `rows` prefix rows first.. in shared memory.
