@@ -273,9 +273,10 @@ def check_attention(case: Attention, package: str = KERNELS, partly: bool = True
     given = attention_inputs(case)
     out, lse, dqkv, dpk, dpv = run_attention(case, given, package)
     exact, stock = (attention_reference(case, given, precision) for precision in (torch.float64, case.dtype))
-    # The normaliser of a 16-bit reference hides how far P * dP is rounded before it is summed: 4 roundings of slack. In fp32 the
-    # probabilities come again from a rounded log-sum-exp, whose error is relative to itself (5 or so) and not to 1: 2 of slack.
-    slack = 2.0 if case.dtype == torch.float32 else 4.0
+    # Four roundings of slack. The normaliser of a 16-bit reference hides how far P * dP is rounded before it is summed. In fp32
+    # probabilities come again from a rounded log-sum-exp, whose error is relative to itself (5 or so) and not to 1, and in
+    # dP - delta, which cancels, a batch of one token has no other element to show how far stock PyTorch can be off.
+    slack = 4.0
     actual = [out, dqkv] + ([dpk, dpv] if case.P else [])
     assert dqkv.dtype == out.dtype == case.dtype and lse.dtype == torch.float32 and dpk.dtype == torch.float32
     names = ("out", "dqkv", "dprefix_k", "dprefix_v")
