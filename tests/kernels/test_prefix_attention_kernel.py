@@ -22,6 +22,8 @@ fp16, fp32 = torch.float16, torch.float32
 @example(Attention((0, 0), 5, dtype=fp16), True)
 @example(Attention((0,), 5, dtype=fp16, spare_rows=3), True)
 @example(Attention((64, 17), 200, N=1, dtype=fp16, keep_out=True), False)
+@example(Attention((1,), 1, N=1, prefix_dropout_p=0.2), False)     # these two, in fp32, were found by a night
+@example(Attention((17,), 0, D=80), False)
 def test_any_shape(case, partly):
     check_attention(case, partly=partly)
 
