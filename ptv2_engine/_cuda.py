@@ -167,6 +167,7 @@ def prefix_attention_fwd(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, prefix_k_K
         call = _Call(q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND, cu_seqlens, max_seqlen, prompt_ids, prompt_lengths, scale,
                      dropout_p, prefix_dropout_p, seed, site)
         call.point(out=out_TND, lse=lse_NT)
+        call.set(groups=max(1, min(-(-T // 64), 3 * PROGRAMS // N)))        # of short rows: three blocks fit a multiprocessor
         call.run("prefix_attention_fwd", library_path)
     return out_TND, lse_NT
 

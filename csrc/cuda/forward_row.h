@@ -74,13 +74,38 @@ struct ForwardRow {
   }
 };
 
-// Rows past the last sequence, in the blocks whose z is B.
+// One step of a warp's 16 queries over a block of keys; pieces of 16 keys that do not exist are left out.
 template <class E, int D>
-PTV2_DEVICE void zero_rest(const Attention& a) {
+PTV2_DEVICE void attend(ForwardRow<E, D>& row, const uint32_t (&q)[D / 16][4], const E* k, const E* v, const Keys& keys,
+                        int query) {
+  float scores[KEYS / 8][4] = {};
+#pragma unroll
+  for (int j = 0; j < KEYS / 16; ++j)
+    if (j * 16 < keys.count)
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d) {
+        uint32_t b[4];
+        load_matrices(b, k + j * 16 * ROW<D> + d * 16 + right_at(ROW<D>));
+        multiply<E>(scores[2 * j], q[d], b[0], b[1]);
+        multiply<E>(scores[2 * j + 1], q[d], b[2], b[3]);
+      }
+  row.soften(scores, keys, query);
+#pragma unroll
+  for (int j = 0; j < KEYS / 16; ++j)
+    if (j * 16 < keys.count) {
+      uint32_t probs[4];
+      as_left<E>(probs, scores[2 * j], scores[2 * j + 1]);
+      multiply_fragment<E, D>(row.out, probs, v + j * 16 * ROW<D>);
+    }
+}
+
+// Rows past the last sequence, by the blocks that are there for them.
+template <class E, int D>
+PTV2_DEVICE void zero_rest(const Attention& a, int block, int blocks) {
   const int n = block_y();
   const int64_t end = a.cu_seqlens[a.B];
-  zero_rows<E, D>(static_cast<E*>(a.out) + n * D, end, a.T, static_cast<int64_t>(a.N) * D, block_x(), num_blocks_x());
-  for (int64_t t = end + block_x() * num_threads() + thread(); t < a.T; t += num_blocks_x() * num_threads())
+  zero_rows<E, D>(static_cast<E*>(a.out) + n * D, end, a.T, static_cast<int64_t>(a.N) * D, block, blocks);
+  for (int64_t t = end + block * num_threads() + thread(); t < a.T; t += blocks * num_threads())
     a.lse[static_cast<int64_t>(n) * a.T + t] = 0;
 }
 

@@ -2,7 +2,8 @@
 // registers. Key blocks arrive two deep by cp.async: first the prefix's, read from its one copy, then the sequence's own.
 //
 // HBM: q, k, v read once where a sequence fits one query tile (again from L2 for each further one), out and lse written once.
-#include "forward_row.h"
+// Rows of up to 64 tokens: forward_short.h.
+#include "forward_short.h"
 
 namespace ptv2::cuda {
 
@@ -11,35 +12,10 @@ constexpr int QUERIES = 64, FORWARD_THREADS = 128;
 template <int D>
 constexpr int FORWARD_SHARED = (QUERIES + 4 * KEYS) * ROW<D> * 2;
 
-// One step of a warp's 16 queries over a block of keys; pieces of 16 keys that do not exist are left out.
-template <class E, int D>
-PTV2_DEVICE void attend(ForwardRow<E, D>& row, const uint32_t (&q)[D / 16][4], const E* k, const E* v, const Keys& keys,
-                        int query) {
-  float scores[KEYS / 8][4] = {};
-#pragma unroll
-  for (int j = 0; j < KEYS / 16; ++j)
-    if (j * 16 < keys.count)
-#pragma unroll
-      for (int d = 0; d < D / 16; ++d) {
-        uint32_t b[4];
-        load_matrices(b, k + j * 16 * ROW<D> + d * 16 + right_at(ROW<D>));
-        multiply<E>(scores[2 * j], q[d], b[0], b[1]);
-        multiply<E>(scores[2 * j + 1], q[d], b[2], b[3]);
-      }
-  row.soften(scores, keys, query);
-#pragma unroll
-  for (int j = 0; j < KEYS / 16; ++j)
-    if (j * 16 < keys.count) {
-      uint32_t probs[4];
-      as_left<E>(probs, scores[2 * j], scores[2 * j + 1]);
-      multiply_fragment<E, D>(row.out, probs, v + j * 16 * ROW<D>);
-    }
-}
-
 template <class E, int D>
 PTV2_KERNEL(FORWARD_THREADS, D <= 96 ? 3 : 2) forward_kernel(const Attention a) {
   const int n = block_y(), b = block_z(), column = n * D, first = block_x() * QUERIES;
-  if (b == a.B) return zero_rest<E, D>(a);
+  if (b == a.B) return zero_rest<E, D>(a, block_x(), num_blocks_x());
   const Sequence s = sequence(a, b);
   if (first >= s.length) return;
 
@@ -81,6 +57,7 @@ PTV2_KERNEL(FORWARD_THREADS, D <= 96 ? 3 : 2) forward_kernel(const Attention a) 
 
 template <class E, int D>
 int forward(const Attention& a, void* stream) {
+  if (a.longest <= KEYS) return forward_short<E, D>(a, stream);
   const unsigned tiles = ceil_div(a.longest, QUERIES);
   const dim3 grid{tiles, static_cast<unsigned>(a.N), static_cast<unsigned>(a.B + 1)};
   return launch(forward_kernel<E, D>, grid, FORWARD_THREADS, FORWARD_SHARED<D>, stream, a);

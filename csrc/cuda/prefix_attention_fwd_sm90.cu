@@ -37,7 +37,7 @@ template <class E, int D>
 PTV2_KERNEL(WIDE_THREADS, D == 64 ? 2 : 1) wide_forward_kernel(const Attention a) {
   using Tile = Swizzled<KEYS>;
   const int n = block_y(), b = block_z(), column = n * D, first = block_x() * WIDE_QUERIES;
-  if (b == a.B) return zero_rest<E, D>(a);
+  if (b == a.B) return zero_rest<E, D>(a, block_x(), num_blocks_x());
   const Sequence s = sequence(a, b);
   if (first >= s.length) return;
 

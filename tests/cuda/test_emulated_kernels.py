@@ -47,7 +47,7 @@ def test_the_longest_rows_of_a_head_dim(package, order, D, dtype):
 
 @pytest.mark.parametrize("programs", [1, 4])
 @pytest.mark.parametrize("case", [
-    Attention((40, 7, 0, 64, 1, 33), 20, N=2, D=64, dtype=bf16),
+    Attention((40, 7, 0, 64, 1, 33, 20, 20, 50), 20, N=2, D=64, dtype=bf16),
     Attention((40, 7, 0, 90, 33), 20, N=2, D=64, dtype=bf16, dropout_p=0.2),
     Attention((40, 7, 70, 33), 20, N=2, D=32, dtype=fp16, dropout_p=0.2, prefix_dropout_p=0.2),
     mixed_prompts(Attention((5, 70, 64, 33, 1), 36, N=2, D=64, dtype=bf16)),
@@ -125,6 +125,9 @@ MISTAKES = {
     "the turns of the prefix with long rows": ("sweep.h", "meets && step.its_turn(token_strips)", "meets"),
     "queries of the sequence beside it": ("sweep.h", "statistics.b == keys.b", "true"),
     "places of another sequence's queries": ("sweep.h", "start = a.cu_seqlens[b]", "start = step.of.start"),
+    "a prefix that lands on another": ("forward_short.h", "sync();  // before another", "// before another"),
+    "packs that land on each other": ("forward_short.h", "fetch(step, 1 - stage)", "fetch(step, stage)"),
+    "a pack's first keys for all its sequences": ("forward_short.h", "mine + TILE - owner.first * ROW<D>", "tiles + TILE"),
     "a prefetch before the barrier": ("sweep.h", "wait<0>();\n      sync();\n      Step next", "Step next"),
     "a forward that overwrites keys still read": ("prefix_attention_fwd.cu", "sync();  // before the next copy", "// before"),
     "dropout bits of the neighbouring lane": ("tile.h", "of_word >> t >> g / 4 * 16", "of_word >> t >> g / 4 * 16 >> 4"),
@@ -153,7 +156,8 @@ def test_mistakes_are_noticed(name, tmp_path, monkeypatch):
     monkeypatch.setattr(_cuda, "takes_wide", lambda D, longest, device: longest > 128)
     short = Attention((70, 33, 90, 20, 9), 20, N=1, D=64, dtype=bf16, dropout_p=0.2)
     with pytest.raises((AssertionError, BackendError)):           # in one of the orders: late copies hide what early ones show
-        for case in (short, replace(short, prefix_dropout_p=0.2), replace(short, lengths=(250,))):
+        for case in (short, replace(short, prefix_dropout_p=0.2), replace(short, lengths=(40, 20, 9, 33, 60, 64), prefix_dropout_p=0.2),
+                     replace(short, lengths=(250,))):
             for order in ({"PTV2_EMULATE_ORDER": "1"}, {"PTV2_EMULATE_ORDER": "7", "PTV2_EMULATE_EAGER": "1"}):
                 with monkeypatch.context() as context:
                     for variable, value in order.items():
@@ -169,6 +173,6 @@ def test_the_emulator_names_what_went_wrong(tmp_path, monkeypatch):
     forward = sources / "prefix_attention_fwd.cu"
     forward.write_text(forward.read_text().replace("wait<1>();", "wait<1>();\n    if (lane() == 3) sync_warp();"))
     package = emulated.as_package(emulated.compile_library(tmp_path / "divergent.so", sources))
-    case = Attention((5,), 5, N=1, D=64, dtype=bf16)
+    case = Attention((70,), 5, N=1, D=64, dtype=bf16)
     with pytest.raises(BackendError, match="the lanes of a warp are at different instructions: sync syncwarp .block 0, 0, 0."):
         run_attention(case, attention_inputs(case), package)

@@ -25,6 +25,7 @@ PACKAGE = emulated.as_package(None)
 def test_shapes(P, D, dtype):
     check_attention(Attention((80, 0, 1, 64, 17, 5), P, N=3, D=D, dtype=dtype, spare_rows=3), PACKAGE)
     check_attention(Attention((16 * _cuda.MAX_STRIPS[D] - 48, 33), P, N=3, D=D, dtype=dtype), PACKAGE)
+    check_attention(Attention((20, 64, 0, 3, 17, 1) * 20, P, N=3, D=D, dtype=dtype, spare_rows=3), PACKAGE)
 
 
 @pytest.mark.parametrize("dtype", [bf16, fp16])
@@ -55,6 +56,8 @@ def many(**changes: object) -> Attention:
 def test_many_sequences(changes):
     check_attention(many(**changes), PACKAGE)
     check_attention(mixed_prompts(many(N=4, **changes)), PACKAGE)
+    shorter = tuple(length // 2 for length in many().lengths)
+    check_attention(many(lengths=shorter, **changes), PACKAGE)
 
 
 def test_the_same_bits_in_two_runs_and_the_masks_of_triton():
