@@ -25,7 +25,7 @@ train: venv                 ## trains a prompt on a real encoder and real text, 
 	$(BIN)/python -m ptv2_engine.demo
 
 test: venv                  ## all tests; fails when a backend that this machine must have is missing
-	$(BIN)/python -m pytest --expect native,interpreter,aot
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --expect native,interpreter,aot
 
 bench: venv                 ## the benchmarks, peers interleaved call by call; JSON into $(RESULTS). The same as: ptv2 bench
 	$(BIN)/ptv2 bench --results $(RESULTS)

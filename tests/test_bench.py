@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -221,8 +222,10 @@ def test_the_docs_are_what_the_committed_results_make():
 def test_every_benchmark_is_collected_and_the_gpu_parts_skip_with_their_reason():
     files = sorted(str(f) for f in (ROOT / "benchmarks").glob("bench_*.py"))
     assert {Path(f).stem.removeprefix("bench_") for f in files} == set(cli_bench.OPS)
+    # pytest-benchmark times nothing in a process that xdist started, nor in one that inherits its variables
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "--benchmark-only", *files], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
+                          env=environment, capture_output=True, text=True, check=False)
     if torch.cuda.is_available():
         pytest.skip("the reason is shown where there is no GPU")
     assert done.returncode == 0, done.stdout[-2000:]

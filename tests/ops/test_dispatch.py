@@ -11,7 +11,7 @@ from ptv2_engine.testing import cu_seqlens_of, random_prefix, random_qkv
 
 
 def test_unknown_backend_is_named():
-    with pytest.raises(BackendError, match=r"backend 'cudnn' does not exist; choose one of native, triton, reference"), \
+    with pytest.raises(BackendError, match=r"backend 'cudnn' does not exist; choose one of native, cuda, triton, reference"), \
             ops.use_backend("cudnn"):
         pass
 
