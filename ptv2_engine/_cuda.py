@@ -48,17 +48,19 @@ def switched_on() -> bool:
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why the library cannot be called on this machine, or None."""
+def unavailable(device: int | None = None) -> str | None:
+    """Why the library cannot be called on this machine's device of this number (None: the current one), or None."""
     if not LIBRARY.exists():
         reason = build_info.recorded().get("cuda", {}).get("reason")
         return f"not built ({reason or build_info.recorded().get('reason') or 'install the package again'})"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if torch.cuda.get_device_capability() not in CAPABILITIES:
-        found = ".".join(map(str, torch.cuda.get_device_capability()))
+    if (capability := torch.cuda.get_device_capability(device)) not in CAPABILITIES:
+        found = ".".join(map(str, capability))
         return f"compute capability {found} (has {', '.join(f'{a}.{b}' for a, b in CAPABILITIES)})"
-    library()
+    driver, runtime = library().ptv2_cuda_driver_version(), library().ptv2_cuda_runtime_version()
+    if driver < runtime // 1000 * 1000:
+        return f"the driver is for CUDA {driver // 1000}, the kernels were built with CUDA {runtime // 1000}"
     return None
 
 
@@ -86,7 +88,9 @@ def shape_reasons(D: int, P: int, ranged: bool) -> list[str]:
 
 def one_sweep(D: int, P: int, longest: int) -> bool:
     """Whether one sweep holds all keys of a row."""
-    return -(-P // 16) + -(-longest // 16) <= MAX_STRIPS[D]
+    prefix = -(-P // 16)
+    room = 14 if prefix == 0 and MAX_STRIPS[D] == 16 else MAX_STRIPS[D]     # two strips a warp: 15 of tokens fit sm_80's memory
+    return prefix + -(-longest // 16) <= room
 
 
 def takes_wide(D: int, longest: int, device: torch.device) -> bool:
@@ -103,6 +107,10 @@ def _aligned(x: Tensor) -> Tensor:
     return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
+def _int32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.int32).contiguous()
+
+
 def _word(p: float) -> int:
     """The smallest Philox word that is kept at drop probability p (ptv2/philox.h)."""
     return min(int(p * 2**32 + 0.5), 2**32 - 1)
@@ -117,12 +125,14 @@ class _Call:
         self.arguments = Arguments()
         self.held: list[Tensor] = []
         self.device = q.device
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            raise BackendError(f"prefix_attention: the tensors are on {self.device}, which is not the current device; call it "
+                               f"under torch.cuda.device({self.device.index}).")
         T, N, D = q.shape
         K, P = (1, 0) if pk is None else pk.shape[:2]
         q, k, v = map(_aligned, (q, k, v))
-        self.point(q=q, k=k, v=v, cu_seqlens=cu_seqlens, seed=seed,
-                   prompt_ids=None if prompt_ids is None else prompt_ids.to(torch.int32),
-                   prompt_lengths=None if prompt_lengths is None else prompt_lengths.to(torch.int32))
+        self.point(q=q, k=k, v=v, seed=seed, cu_seqlens=_int32(cu_seqlens), prompt_ids=_int32(prompt_ids),
+                   prompt_lengths=_int32(prompt_lengths if P else None))
         self.set(q_row=q.stride(0), k_row=k.stride(0), v_row=v.stride(0))
         if pk is not None and pv is not None:
             pk, pv = _aligned(pk), _aligned(pv)
@@ -142,6 +152,8 @@ class _Call:
     def point(self, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
             if tensor is not None and tensor.numel():
+                if tensor.device != self.device:
+                    raise BackendError(f"prefix_attention: {name} is on {tensor.device} and q on {self.device}; move it there.")
                 self.held.append(tensor)
                 setattr(self.arguments, name, tensor.data_ptr())
 
@@ -191,7 +203,7 @@ def prefix_attention_bwd(dout_TND: Tensor, q_TND: Tensor, k_TND: Tensor, v_TND: 
     if need_tokens or need_prefix:
         call = _Call(q_TND, k_TND, v_TND, prefix_k_KPND, prefix_v_KPND, cu_seqlens, max_seqlen, prompt_ids, prompt_lengths, scale,
                      dropout_p, prefix_dropout_p, seed, site)
-        call.point(dout=_aligned(dout_TND), lse=lse_NT, dqkv=dqkv)
+        call.point(dout=_aligned(dout_TND.contiguous()), lse=lse_NT, dqkv=dqkv)
         if not one_sweep(D, call.arguments.P, max_seqlen):
             call.point(delta=torch.empty_like(lse_NT), out=out_TND)
         if need_prefix:

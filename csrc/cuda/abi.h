@@ -46,4 +46,6 @@ PTV2_EXPORT int ptv2_cuda_prefix_attention_fwd(const ptv2::cuda::Attention* argu
 PTV2_EXPORT int ptv2_cuda_prefix_attention_bwd(const ptv2::cuda::Attention* arguments, void* stream);
 PTV2_EXPORT const char* ptv2_cuda_error(int code);
 PTV2_EXPORT int ptv2_cuda_arguments_size();
+PTV2_EXPORT int ptv2_cuda_driver_version();   // 1000 * major + 10 * minor: the newest CUDA that the driver runs
+PTV2_EXPORT int ptv2_cuda_runtime_version();  // the CUDA these kernels were built with
 }

@@ -36,8 +36,6 @@ PTV2_DEVICE int warp() { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(thread
 PTV2_DEVICE int num_threads() { return blockDim.x; }
 PTV2_DEVICE int block_x() { return blockIdx.x; }
 PTV2_DEVICE int block_y() { return blockIdx.y; }
-PTV2_DEVICE int block_z() { return blockIdx.z; }
-PTV2_DEVICE int num_blocks_x() { return gridDim.x; }
 
 PTV2_DEVICE void sync() { __syncthreads(); }
 PTV2_DEVICE void sync_warp() { __syncwarp(); }

@@ -40,20 +40,22 @@ PTV2_DEVICE void group_end() {
 #define PTV2_N64 PTV2_N32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
                  "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d [64, N] += a [64, 16] b [16, N]; b lies as [N, 16] (TRANSPOSED 0) or [16, N] (TRANSPOSED 1) in shared memory.
+// d [64, N] = a [64, 16] b [16, N], plus d if `add`; b lies as [N, 16] (TRANSPOSED 0) or [16, N] (TRANSPOSED 1) in shared memory.
+// Sums that start at nothing are not zeroed before: such a write could come between the fence and the product.
 template <class E, int TRANSPOSED>
 struct GroupProduct;
 #define PTV2_GROUP_PRODUCT(E, name)                                                                                            \
   template <int TRANSPOSED>                                                                                                    \
   struct GroupProduct<E, TRANSPOSED> {                                                                                         \
-    PTV2_DEVICE static void add(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {                                        \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" PTV2_N32 "}, {%32, %33, %34, %35}, %36, "  \
-                   "1, 1, 1, %37;\n" : PTV2_D32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TRANSPOSED));     \
+    PTV2_DEVICE static void add(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, int more) {                              \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name       \
+                   " {" PTV2_N32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n" : PTV2_D32(0)                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more), "n"(TRANSPOSED));                          \
     }                                                                                                                          \
-    PTV2_DEVICE static void add(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {                                       \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " {" PTV2_N64 "}, {%64, %65, %66, %67}, %68, " \
-                   "1, 1, 1, %69;\n" : PTV2_D32(0), PTV2_D32(8)                                                                \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TRANSPOSED));                                     \
+    PTV2_DEVICE static void add(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, int more) {                             \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name      \
+                   " {" PTV2_N64 "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}\n" : PTV2_D32(0), PTV2_D32(8)                 \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more), "n"(TRANSPOSED));                          \
     }                                                                                                                          \
   };
 PTV2_GROUP_PRODUCT(Bf16, "bf16")
@@ -65,8 +67,8 @@ PTV2_GROUP_PRODUCT(Fp16, "f16")
 #undef PTV2_D4
 
 template <class E, int TRANSPOSED, int COLUMNS>
-PTV2_DEVICE void group_multiply(float (&d)[COLUMNS][4], const uint32_t (&a)[4], uint64_t b) {
-  GroupProduct<E, TRANSPOSED>::add(d, a, b);
+PTV2_DEVICE void group_multiply(float (&d)[COLUMNS][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  GroupProduct<E, TRANSPOSED>::add(d, a, b, add);
 }
 
 #endif

@@ -5,6 +5,17 @@
 
 namespace ptv2::cuda {
 
+// Which queries a block owns: tile `tile` of sequence b, or, where b is B, a share of the rows past the last sequence. The
+// grid's x counts tiles of the longest sequence for B + 1 sequences, its y heads: y and z have no room for many sequences.
+struct QueryTile {
+  int tiles, tile, b;
+  PTV2_DEVICE QueryTile(const Attention& a, int queries)
+      : tiles(ceil_div(a.longest, queries)), tile(block_x() % tiles), b(block_x() / tiles) {}
+};
+inline dim3 query_grid(const Attention& a, int queries) {
+  return dim3{static_cast<unsigned>(ceil_div(a.longest, queries)) * (a.B + 1), static_cast<unsigned>(a.N), 1};
+}
+
 // A block of keys that a row meets: `count` exist from column `first` on; its scores count scale2, its values value_scale.
 struct Keys {
   int first, count;

@@ -40,10 +40,11 @@ int backward_of(const Attention& a, void* stream) {
 
 }  // namespace ptv2::cuda
 
-int ptv2_cuda_prefix_attention_bwd(const ptv2::cuda::Attention* a, void* stream) {
+int ptv2_cuda_prefix_attention_bwd(const ptv2::cuda::Attention* arguments, void* stream) {
   using namespace ptv2::cuda;
-  const int code = a->element == Element::bf16 ? backward_of<Bf16>(*a, stream) : backward_of<Fp16>(*a, stream);
-  if (code != SUCCESS || a->partial == nullptr) return code;
-  const int64_t size = static_cast<int64_t>(a->K) * a->P * a->N * a->D;
-  return launch(reduce_kernel, dim3{static_cast<unsigned>((size + 255) / 256), 2, 1}, 256, 0, stream, *a);
+  const Attention a = without_stray_lengths(*arguments);
+  const int code = a.element == Element::bf16 ? backward_of<Bf16>(a, stream) : backward_of<Fp16>(a, stream);
+  if (code != SUCCESS || a.partial == nullptr) return code;
+  const int64_t size = static_cast<int64_t>(a.K) * a.P * a.N * a.D;
+  return launch(reduce_kernel, dim3{static_cast<unsigned>((size + 255) / 256), 2, 1}, 256, 0, stream, a);
 }

@@ -85,11 +85,12 @@ struct QueryRow {
 template <class E, int D>
 PTV2_KERNEL(QueryShape<D>::THREADS, 2) query_kernel(const Attention a) {
   constexpr int QUERIES = QueryShape<D>::QUERIES, KEYS = QueryShape<D>::KEYS;
-  const int n = block_y(), b = block_z(), column = n * D, first = block_x() * QUERIES;
+  const QueryTile mine(a, QUERIES);
+  const int n = block_y(), b = mine.b, column = n * D, first = mine.tile * QUERIES;
   const int64_t heads = static_cast<int64_t>(a.N) * D;
   if (b == a.B) {  // rows past the last sequence
     if (a.dqkv != nullptr)
-      zero_rows<E, D>(static_cast<E*>(a.dqkv) + column, a.cu_seqlens[b], a.T, 3 * heads, block_x(), num_blocks_x());
+      zero_rows<E, D>(static_cast<E*>(a.dqkv) + column, a.cu_seqlens[b], a.T, 3 * heads, mine.tile, mine.tiles);
     return;
   }
   const Sequence s = sequence(a, b);
@@ -116,8 +117,8 @@ PTV2_KERNEL(QueryShape<D>::THREADS, 2) query_kernel(const Attention a) {
   QueryRow<E, D> row;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int mine = lane() / 4 + half * 8;
-    row.lse2[half] = query + mine < s.length ? a.lse[stats + mine] * LOG2E : INFINITY;
+    const int in_warp = lane() / 4 + half * 8;
+    row.lse2[half] = query + in_warp < s.length ? a.lse[stats + in_warp] * LOG2E : INFINITY;
   }
   wait<0>();
   sync();
@@ -149,11 +150,11 @@ PTV2_KERNEL(QueryShape<D>::THREADS, 2) query_kernel(const Attention a) {
   if (query >= s.length) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int mine = lane() / 4 + half * 8;
-    if (lane() % 4 == 0 && query + mine < s.length) a.delta[stats + mine] = row.delta[half];
+    const int in_warp = lane() / 4 + half * 8;
+    if (lane() % 4 == 0 && query + in_warp < s.length) a.delta[stats + in_warp] = row.delta[half];
 #pragma unroll
     for (int d = 0; d < D / 8; ++d)
-      store_pair<E>(q_tile + (in_tile + mine) * ROW<D> + d * 8 + lane() % 4 * 2, row.dq[d][half * 2] * a.scale,
+      store_pair<E>(q_tile + (in_tile + in_warp) * ROW<D> + d * 8 + lane() % 4 * 2, row.dq[d][half * 2] * a.scale,
                     row.dq[d][half * 2 + 1] * a.scale);
   }
   sync_warp();
@@ -163,9 +164,8 @@ PTV2_KERNEL(QueryShape<D>::THREADS, 2) query_kernel(const Attention a) {
 
 template <class E, int D>
 int query_gradients(const Attention& a, void* stream) {
-  const unsigned tiles = ceil_div(a.longest, QueryShape<D>::QUERIES);
-  const dim3 grid{tiles, static_cast<unsigned>(a.N), static_cast<unsigned>(a.B + 1)};
-  return launch(query_kernel<E, D>, grid, QueryShape<D>::THREADS, QueryShape<D>::SHARED, stream, a);
+  using Shape = QueryShape<D>;
+  return launch(query_kernel<E, D>, query_grid(a, Shape::QUERIES), Shape::THREADS, Shape::SHARED, stream, a);
 }
 
 template <class E>

@@ -14,8 +14,9 @@ constexpr int FORWARD_SHARED = (QUERIES + 4 * KEYS) * ROW<D> * 2;
 
 template <class E, int D>
 PTV2_KERNEL(FORWARD_THREADS, D <= 96 ? 3 : 2) forward_kernel(const Attention a) {
-  const int n = block_y(), b = block_z(), column = n * D, first = block_x() * QUERIES;
-  if (b == a.B) return zero_rest<E, D>(a, block_x(), num_blocks_x());
+  const QueryTile tile_of(a, QUERIES);
+  const int n = block_y(), b = tile_of.b, column = n * D, first = tile_of.tile * QUERIES;
+  if (b == a.B) return zero_rest<E, D>(a, tile_of.tile, tile_of.tiles);
   const Sequence s = sequence(a, b);
   if (first >= s.length) return;
 
@@ -58,9 +59,7 @@ PTV2_KERNEL(FORWARD_THREADS, D <= 96 ? 3 : 2) forward_kernel(const Attention a) 
 template <class E, int D>
 int forward(const Attention& a, void* stream) {
   if (a.longest <= KEYS) return forward_short<E, D>(a, stream);
-  const unsigned tiles = ceil_div(a.longest, QUERIES);
-  const dim3 grid{tiles, static_cast<unsigned>(a.N), static_cast<unsigned>(a.B + 1)};
-  return launch(forward_kernel<E, D>, grid, FORWARD_THREADS, FORWARD_SHARED<D>, stream, a);
+  return launch(forward_kernel<E, D>, query_grid(a, QUERIES), FORWARD_THREADS, FORWARD_SHARED<D>, stream, a);
 }
 
 template <class E>
@@ -77,8 +76,9 @@ int forward_of(const Attention& a, void* stream) {
 
 }  // namespace ptv2::cuda
 
-int ptv2_cuda_prefix_attention_fwd(const ptv2::cuda::Attention* a, void* stream) {
+int ptv2_cuda_prefix_attention_fwd(const ptv2::cuda::Attention* arguments, void* stream) {
   using namespace ptv2::cuda;
-  if (a->wide) return forward_wide(*a, stream);
-  return a->element == Element::bf16 ? forward_of<Bf16>(*a, stream) : forward_of<Fp16>(*a, stream);
+  const Attention a = without_stray_lengths(*arguments);
+  if (a.wide) return forward_wide(a, stream);
+  return a.element == Element::bf16 ? forward_of<Bf16>(a, stream) : forward_of<Fp16>(a, stream);
 }

@@ -16,11 +16,11 @@ template <class E, int D>
 PTV2_DEVICE void attend_wide(ForwardRow<E, D>& row, const uint32_t (&q)[D / 16][4], const E* k, const E* v, const Keys& keys,
                              int query) {
   constexpr int PANEL = Swizzled<KEYS>::PANEL * 2;  // bytes
-  float scores[KEYS / 8][4] = {};
+  float scores[KEYS / 8][4];
   group_begin();
 #pragma unroll
   for (int d = 0; d < D / 16; ++d)
-    group_multiply<E, 0>(scores, q[d], descriptor(shared_address(k) + d / 4 * PANEL + d % 4 * 32, 16, 1024));
+    group_multiply<E, 0>(scores, q[d], descriptor(shared_address(k) + d / 4 * PANEL + d % 4 * 32, 16, 1024), d > 0);
   group_end();
   row.soften(scores, keys, query);
   uint32_t probs[KEYS / 16][4];
@@ -29,15 +29,16 @@ PTV2_DEVICE void attend_wide(ForwardRow<E, D>& row, const uint32_t (&q)[D / 16][
   group_begin();
 #pragma unroll
   for (int j = 0; j < KEYS / 16; ++j)
-    group_multiply<E, 1>(row.out, probs[j], descriptor(shared_address(v) + j * 16 * 128, PANEL, 1024));
+    group_multiply<E, 1>(row.out, probs[j], descriptor(shared_address(v) + j * 16 * 128, PANEL, 1024), true);
   group_end();
 }
 
 template <class E, int D>
 PTV2_KERNEL(WIDE_THREADS, D == 64 ? 2 : 1) wide_forward_kernel(const Attention a) {
   using Tile = Swizzled<KEYS>;
-  const int n = block_y(), b = block_z(), column = n * D, first = block_x() * WIDE_QUERIES;
-  if (b == a.B) return zero_rest<E, D>(a, block_x(), num_blocks_x());
+  const QueryTile tile_of(a, WIDE_QUERIES);
+  const int n = block_y(), b = tile_of.b, column = n * D, first = tile_of.tile * WIDE_QUERIES;
+  if (b == a.B) return zero_rest<E, D>(a, tile_of.tile, tile_of.tiles);
   const Sequence s = sequence(a, b);
   if (first >= s.length) return;
 
@@ -81,9 +82,7 @@ PTV2_KERNEL(WIDE_THREADS, D == 64 ? 2 : 1) wide_forward_kernel(const Attention a
 
 template <class E, int D>
 int forward_wide(const Attention& a, void* stream) {
-  const unsigned tiles = ceil_div(a.longest, WIDE_QUERIES);
-  const dim3 grid{tiles, static_cast<unsigned>(a.N), static_cast<unsigned>(a.B + 1)};
-  return launch(wide_forward_kernel<E, D>, grid, WIDE_THREADS, WIDE_SHARED<D>, stream, a);
+  return launch(wide_forward_kernel<E, D>, query_grid(a, WIDE_QUERIES), WIDE_THREADS, WIDE_SHARED<D>, stream, a);
 }
 
 int forward_wide(const Attention& a, void* stream) {

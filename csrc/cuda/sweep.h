@@ -27,7 +27,7 @@ struct SweepShape {
   static constexpr int QUERIES = STRIPS == 1 && D <= 64 ? 32 : 16;
   static constexpr int WARPS = STRIPS == 1 && D <= 64 ? 12 : 8;  // with 168 registers a thread, or 255
   static constexpr int PROBS_ROW = QUERIES + 8;
-  // Bytes; at most 162 KiB, which sm_80 and sm_90 have.
+  // Bytes; sm_80 has 163 KiB, which limits two strips a warp to 15 of tokens (sweep_of).
   static constexpr int shared(int prefix_strips, int token_strips, int warps) {
     const int keys = 16 * (prefix_strips + 2 * token_strips), probs = 16 * (prefix_strips + token_strips);
     return 2 * (2 * keys * ROW<D> + 4 * QUERIES * ROW<D> + probs * PROBS_ROW) + 4 * warps * QUERIES +
@@ -455,7 +455,7 @@ int sweep_of(const Attention& a, void* stream) {
   const int prefix = ceil_div(a.P, 16), strips = prefix + ceil_div(a.longest, 16);
   if (strips <= ONE) return sweep<E, D, 1, false>(a, stream);
   if constexpr (TWO > 0) {
-    if (strips <= TWO) return sweep<E, D, 2, false>(a, stream);
+    if (strips <= (prefix == 0 ? 14 : TWO)) return sweep<E, D, 2, false>(a, stream);
     if (prefix > ONE / 2 && prefix < TWO) return long_rows<E, D, 2>(a, stream);
   }
   return prefix < ONE ? long_rows<E, D, 1>(a, stream) : INVALID_VALUE;

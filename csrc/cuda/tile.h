@@ -25,6 +25,12 @@ struct Padded {
 
 PTV2_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// What the kernels get: a layer without a prefix may come with the prompts' lengths, which then count for nothing.
+inline Attention without_stray_lengths(Attention a) {
+  if (a.P == 0) a.prompt_lengths = nullptr;
+  return a;
+}
+
 struct Sequence {
   int start, length, prompt, num_prefix;
 };

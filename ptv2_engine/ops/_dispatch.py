@@ -135,7 +135,7 @@ def cuda_reasons(device: torch.device, dtype: torch.dtype, op: str, **_: Any) ->
     reasons = []
     if _forced.get() != "cuda" and not _cuda.switched_on():
         reasons.append("switched off: never run on a GPU (PTV2_CUDA=1 tries it)")
-    elif unavailable := _cuda.unavailable():
+    elif unavailable := _cuda.unavailable(device.index):
         reasons.append(unavailable)
     if dtype not in _cuda.DTYPES:
         reasons.append(f"dtype {_name(dtype)} (has bfloat16, float16)")

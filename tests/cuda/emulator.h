@@ -71,8 +71,6 @@ inline int warp() { return emulator::block.running / 32; }
 inline int num_threads() { return emulator::block.threads; }
 inline int block_x() { return emulator::block.index.x; }
 inline int block_y() { return emulator::block.index.y; }
-inline int block_z() { return emulator::block.index.z; }
-inline int num_blocks_x() { return emulator::block.grid.x; }
 
 inline void sync() { emulator::stop_at(emulator::BARRIER); }
 inline void sync_warp() { emulator::meet("syncwarp", {}); }
@@ -152,14 +150,14 @@ inline void publish() {
 inline void group_begin() { emulator::here().may_multiply = true; }
 
 template <class E, int TRANSPOSED, int COLUMNS>
-void group_multiply(float (&d)[COLUMNS][4], const uint32_t (&a)[4], uint64_t b) {
+void group_multiply(float (&d)[COLUMNS][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   using emulator::element;
   if (!emulator::here().may_multiply) emulator::fail("wgmma without a fence before it");
   if (b >> 62 != 1) emulator::fail("a descriptor of another layout");
   auto two = [](uint32_t x, uint32_t y) { return x | static_cast<uint64_t>(y) << 32; };
   const emulator::Meeting all = emulator::meet("wgmma", {two(a[0], a[1]), two(a[2], a[3]), b});
   auto widen = [](uint16_t bits) { return emulator::to_float(E{bits}); };
-  emulator::Product product{&d[0][0], COLUMNS * 8, TRANSPOSED != 0, {}, b, widen};
+  emulator::Product product{&d[0][0], COLUMNS * 8, TRANSPOSED != 0, add, {}, b, widen};
   for (int half = 0; half < 2; ++half)
     for (int k = 0; k < 16; ++k) {
       const emulator::Registers& from = all.given(lane() / 4 * 4 + k % 8 / 2);
@@ -180,6 +178,7 @@ inline void group_end() {
   for (const emulator::Product& p : emulator::here().products)
     for (int n = 0; n < p.columns; ++n) {
       if (n % 8 / 2 != lane() % 4) continue;
+      for (int half = 0; half < 2 && !p.add; ++half) p.sums[n / 8 * 4 + half * 2 + n % 2] = 0;
       for (int k = 0; k < 16; ++k) {
         const int byte = right_byte(p, k, n);
         if (byte >= emulator::MAX_SHARED) emulator::fail("a descriptor outside shared memory");

@@ -31,7 +31,8 @@ asm(".text\n.globl ptv2_emulator_switch\nptv2_emulator_switch:\n"
 namespace ptv2::cuda {
 namespace emulator {
 
-constexpr int MAX_SHARED = 227 * 1024, STACK = 64 * 1024;
+constexpr int MAX_SHARED = 163 * 1024,  // of sm_80, the smaller one
+              STACK = 64 * 1024;
 
 struct Copy {
   void* to;
@@ -44,7 +45,7 @@ struct Registers {
 struct Product {
   float* sums;
   int columns;
-  bool transposed;
+  bool transposed, add;
   float left[2][16];
   uint64_t right;
   float (*to_float)(uint16_t);

@@ -71,6 +71,27 @@ def test_several_prompts_without_ids_means_prompt_0(package):
     check_attention(Attention((17, 5), 5, K=3, N=1, D=64, dtype=bf16), package)
 
 
+@pytest.mark.parametrize("lengths", [(40, 20, 9), (90, 20, 9), (300, 9)])
+def test_a_layer_without_a_prefix_may_come_with_the_prompts_lengths(package, lengths):
+    ids = (1, 0, 1)[:len(lengths)]
+    check_attention(Attention(lengths, 0, N=1, D=64, prompt_ids=ids, prompt_lengths=(5, 3), dtype=bf16), package)
+
+
+@pytest.mark.parametrize("longest, P", [(224, 0), (225, 0), (256, 0), (240, 1), (192, 64), (176, 80)])
+def test_rows_at_the_limits_of_one_sweep(package, longest, P):
+    """The emulator has sm_80's shared memory."""
+    check_attention(Attention((longest,), P, N=1, D=64, dtype=bf16), package, partly=False)
+
+
+def test_tensors_elsewhere_are_refused():
+    case = Attention((5,), 5, N=1, D=64, dtype=bf16)
+    inputs = attention_inputs(case)
+    q, k, v = inputs["qkv"].unbind(1)
+    with pytest.raises(BackendError, match="prefix_attention: cu_seqlens is on meta and q on cpu; move it there."):
+        offsets = inputs["cu_seqlens"].to("meta")
+        _cuda.prefix_attention_fwd(q, k, v, *inputs["prefix"], offsets, 5, None, None, 0.1, 0.0, 0.0, None, 0)
+
+
 def test_views_that_cp_async_cannot_read_are_copied(package):
     case = Attention((17, 5), 5, N=2, D=32, dtype=bf16)
     inputs = attention_inputs(case)
@@ -85,7 +106,7 @@ def test_views_that_cp_async_cannot_read_are_copied(package):
 
 def test_a_shape_that_no_instance_takes_is_an_error_and_has_a_reason(package):
     case = Attention((5,), 113, N=1, D=128, dtype=bf16)
-    with pytest.raises(BackendError, match=r"prefix_attention_bwd: the CUDA kernels report 'invalid argument' .error 1."):
+    with pytest.raises(BackendError, match=r"prefix_attention_fwd: the CUDA kernels report 'invalid argument' .error 1."):
         run_attention(case, attention_inputs(case), package)
     assert _cuda.shape_reasons(128, 113, False) == ["113 prefix keys (has up to 112 for head dim 128)"]
     assert _cuda.shape_reasons(16, 5, False) == ["head dim 16 (has 32, 64, 80, 96, 128)"]

@@ -65,7 +65,7 @@ def test_the_backend_says_why_it_does_not_run(monkeypatch):
     assert _dispatch.cuda_reasons(cuda, bf16, op="add_norm") == ["no CUDA C++ kernel of add_norm"]
     assert _dispatch.cuda_reasons(torch.device("cpu"), bf16, op="prefix_attention") == ["tensors are on cpu"]
     monkeypatch.setenv("PTV2_CUDA", "1")
-    monkeypatch.setattr(_cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(_cuda, "unavailable", lambda device: None)
     assert _dispatch.cuda_reasons(cuda, torch.float32, op="prefix_attention") == ["dtype float32 (has bfloat16, float16)"]
     assert _dispatch.cuda_reasons(cuda, bf16, op="prefix_attention") == []
     assert ops.choose("prefix_attention", cuda, bf16).backend == "cuda"
@@ -82,5 +82,25 @@ def test_without_a_library_or_a_device_the_reason_is_named(monkeypatch, tmp_path
     if not torch.cuda.is_available():
         assert _cuda.unavailable.__wrapped__() == "no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert _cuda.unavailable.__wrapped__() == "compute capability 10.0 (has 8.0, 9.0)"
+
+
+def test_an_old_driver_is_named_before_a_launch(monkeypatch, resources):
+    class Library:
+        ptv2_cuda_runtime_version = staticmethod(_cuda.library.__wrapped__().ptv2_cuda_runtime_version)
+        driver = 0
+
+        @classmethod
+        def ptv2_cuda_driver_version(cls):
+            return cls.driver
+
+    built = Library.ptv2_cuda_runtime_version()
+    assert built >= 12000
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_cuda, "library", lambda: Library)
+    old = f"the driver is for CUDA 11, the kernels were built with CUDA {built // 1000}"
+    for driver, reason in ((11080, old), (built, None)):
+        Library.driver = driver
+        assert _cuda.unavailable.__wrapped__() == reason
