@@ -37,7 +37,7 @@ def cases(draw: st.DrawFn) -> Attention:
 @settings(max_examples=examples(15))
 @given(cases())
 def test_any_shape(package, case):
-    """Ten thousand for a night, in minutes of a quiet machine: --hypothesis-profile=night -k any_shape."""
+    """Ten thousand new ones: --hypothesis-profile=night -k any_shape."""
     check_attention(case, package)
 
 
