@@ -28,33 +28,14 @@ struct ShortForward {
 
   // Starts copying a pack. All threads meet here.
   PTV2_DEVICE void fetch(const Step& step, int stage) {
-    if (thread() < STRIPS) owners[stage * STRIPS + thread()] = step.owner(a, STRIPS, thread());
-    sync();
-    for (int i = thread(); i < ROWS * (D / 8); i += num_threads()) {
-      const int at = i / (D / 8), d = i % (D / 8) * 8;
-      const Owner owner = owners[stage * STRIPS + at / 16];
-      const int place = owner.first + at % 16;
-      const bool valid = place < owner.length;
-      const int64_t token = valid ? owner.start + place : 0;
+    Owner* const mine = owners + stage * STRIPS;
+    list_owners(a, step, mine, STRIPS);
+    for_pieces<D>(mine, STRIPS, [&](int at, int d, int64_t token, bool valid) {
       E* const to = tiles + stage * 3 * TILE + at * ROW<D> + d;
       copy16(to, static_cast<const E*>(a.q) + token * a.q_row + column + d, valid);
       copy16(to + TILE, static_cast<const E*>(a.k) + token * a.k_row + column + d, valid);
       copy16(to + 2 * TILE, static_cast<const E*>(a.v) + token * a.v_row + column + d, valid);
-    }
-  }
-
-  PTV2_DEVICE void fetch_prefix(const Sequence& of) {
-    copy_rows<E, D>(prefix_k, prefix_rows, static_cast<const E*>(a.prefix_k) + of.prompt * a.prefix_k_prompt + column, 0,
-                    a.prefix_k_row, of.num_prefix);
-    copy_rows<E, D>(prefix_v, prefix_rows, static_cast<const E*>(a.prefix_v) + of.prompt * a.prefix_v_prompt + column, 0,
-                    a.prefix_v_row, of.num_prefix);
-  }
-
-  PTV2_DEVICE void drop_from_prefix(int b) {
-    const int c2 = b * a.N + n;
-    drop_prefix<E, D>(prefix_k, 0, prefix_rows, Draw(a, c2, philox::PREFIX_K, a.prefix_threshold));
-    drop_prefix<E, D>(prefix_v, 0, prefix_rows, Draw(a, c2, philox::PREFIX_V, a.prefix_threshold));
-    sync();
+    });
   }
 
   // This warp's strip of queries over the prefix and its sequence.
@@ -79,12 +60,12 @@ struct ShortForward {
     if (!step.done(a)) fetch(step, stage);
     while (!step.done(a)) {
       const bool fresh = prefix_rows > 0 && (held != step.of.prompt || a.prefix_threshold);
-      if (fresh) fetch_prefix(step.of);
+      if (fresh) copy_prefix<E, D>(a, prefix_k, prefix_v, prefix_rows, step.of, column);
       held = step.of.prompt;
       commit();
       wait<0>();
       sync();
-      if (fresh && a.prefix_threshold) drop_from_prefix(step.b);
+      if (fresh && a.prefix_threshold) drop_whole_prefix<E, D>(a, prefix_k, prefix_v, prefix_rows, step.b * a.N + n);
       step.advance(a, STRIPS, false);
       if (!step.done(a)) fetch(step, 1 - stage);
       const Owner owner = owners[stage * STRIPS + w];

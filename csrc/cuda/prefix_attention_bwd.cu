@@ -1,4 +1,5 @@
 // Prefix attention, backward: its entry, and the sum of the partials. The sweeps themselves: sweep_instance.cu.
+#include "dispatch.h"
 #include "sweep.h"
 
 namespace ptv2::cuda {
@@ -26,24 +27,12 @@ PTV2_ELSEWHERE(128)
 #undef PTV2_ELSEWHERE
 #endif
 
-template <class E>
-int backward_of(const Attention& a, void* stream) {
-  switch (a.D) {
-    case 32: return sweep_of<E, 32>(a, stream);
-    case 64: return sweep_of<E, 64>(a, stream);
-    case 80: return sweep_of<E, 80>(a, stream);
-    case 96: return sweep_of<E, 96>(a, stream);
-    case 128: return sweep_of<E, 128>(a, stream);
-    default: return INVALID_VALUE;
-  }
-}
-
 }  // namespace ptv2::cuda
 
 int ptv2_cuda_prefix_attention_bwd(const ptv2::cuda::Attention* arguments, void* stream) {
   using namespace ptv2::cuda;
   const Attention a = without_stray_lengths(*arguments);
-  const int code = a.element == Element::bf16 ? backward_of<Bf16>(a, stream) : backward_of<Fp16>(a, stream);
+  const int code = dispatch(a, [&](auto element, auto D) { return sweep_of<decltype(element), D>(a, stream); });
   if (code != SUCCESS || a.partial == nullptr) return code;
   const int64_t size = static_cast<int64_t>(a.K) * a.P * a.N * a.D;
   return launch(reduce_kernel, dim3{static_cast<unsigned>((size + 255) / 256), 2, 1}, 256, 0, stream, a);

@@ -1,6 +1,7 @@
 // Prefix attention, backward of long rows, first kernel: delta and dq. A block owns (64 queries, head) of a sequence as the
 // forward does, and streams the keys. delta = rowsum(dO * O) where the output was kept; else a first pass over the keys sums
 // P * dP, two products more instead of 2D bytes a token and head kept from forward to backward.
+#include "dispatch.h"
 #include "key_blocks.h"
 
 namespace ptv2::cuda {
@@ -168,20 +169,8 @@ int query_gradients(const Attention& a, void* stream) {
   return launch(query_kernel<E, D>, query_grid(a, Shape::QUERIES), Shape::THREADS, Shape::SHARED, stream, a);
 }
 
-template <class E>
-int query_gradients_of(const Attention& a, void* stream) {
-  switch (a.D) {
-    case 32: return query_gradients<E, 32>(a, stream);
-    case 64: return query_gradients<E, 64>(a, stream);
-    case 80: return query_gradients<E, 80>(a, stream);
-    case 96: return query_gradients<E, 96>(a, stream);
-    case 128: return query_gradients<E, 128>(a, stream);
-    default: return INVALID_VALUE;
-  }
-}
-
 int query_gradients(const Attention& a, void* stream) {
-  return a.element == Element::bf16 ? query_gradients_of<Bf16>(a, stream) : query_gradients_of<Fp16>(a, stream);
+  return dispatch(a, [&](auto element, auto D) { return query_gradients<decltype(element), D>(a, stream); });
 }
 
 }  // namespace ptv2::cuda

@@ -3,6 +3,7 @@
 //
 // HBM: q, k, v read once where a sequence fits one query tile (again from L2 for each further one), out and lse written once.
 // Rows of up to 64 tokens: forward_short.h.
+#include "dispatch.h"
 #include "forward_short.h"
 
 namespace ptv2::cuda {
@@ -62,23 +63,11 @@ int forward(const Attention& a, void* stream) {
   return launch(forward_kernel<E, D>, query_grid(a, QUERIES), FORWARD_THREADS, FORWARD_SHARED<D>, stream, a);
 }
 
-template <class E>
-int forward_of(const Attention& a, void* stream) {
-  switch (a.D) {
-    case 32: return forward<E, 32>(a, stream);
-    case 64: return forward<E, 64>(a, stream);
-    case 80: return forward<E, 80>(a, stream);
-    case 96: return forward<E, 96>(a, stream);
-    case 128: return forward<E, 128>(a, stream);
-    default: return INVALID_VALUE;
-  }
-}
-
 }  // namespace ptv2::cuda
 
 int ptv2_cuda_prefix_attention_fwd(const ptv2::cuda::Attention* arguments, void* stream) {
   using namespace ptv2::cuda;
   const Attention a = without_stray_lengths(*arguments);
   if (a.wide) return forward_wide(a, stream);
-  return a.element == Element::bf16 ? forward_of<Bf16>(a, stream) : forward_of<Fp16>(a, stream);
+  return dispatch(a, [&](auto element, auto D) { return forward<decltype(element), D>(a, stream); });
 }

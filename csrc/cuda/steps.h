@@ -84,6 +84,25 @@ struct Pack {
   }
 };
 
+// Notes whose tokens a pack's strips hold. All threads meet here.
+template <class Step>
+PTV2_DEVICE void list_owners(const Attention& a, const Step& step, Owner* owners, int strips) {
+  if (thread() < strips) owners[thread()] = step.owner(a, strips, thread());
+  sync();
+}
+
+// f(row of the strips, column, token, whether there is one) for each piece of 8 columns, dealt out to the threads.
+template <int D, class Function>
+PTV2_DEVICE void for_pieces(const Owner* owners, int strips, Function f) {
+  for (int i = thread(); i < strips * 16 * (D / 8); i += num_threads()) {
+    const int at = i / (D / 8);
+    const Owner owner = owners[at / 16];
+    const int place = owner.first + at % 16;
+    const bool valid = place < owner.length;
+    f(at, i % (D / 8) * 8, static_cast<int64_t>(valid ? owner.start + place : 0), valid);
+  }
+}
+
 // Piece `piece`, of `strips` strips, of the keys of sequence b. The pieces of all sequences are dealt out to the groups in turn.
 template <int QUERIES>
 struct Piece {

@@ -137,13 +137,6 @@ struct Sweep {
     return {false, meets && count > 0, owner.b, owner.start, owner.first, count, k, k + 2 * tokens, 1.0f};
   }
 
-  PTV2_DEVICE void fetch_prefix(int prompt, int num_prefix) {
-    copy_rows<E, D>(prefix_k, prefix_strips * 16, static_cast<const E*>(a.prefix_k) + prompt * a.prefix_k_prompt + column(), 0,
-                    a.prefix_k_row, num_prefix);
-    copy_rows<E, D>(prefix_v, prefix_strips * 16, static_cast<const E*>(a.prefix_v) + prompt * a.prefix_v_prompt + column(), 0,
-                    a.prefix_v_row, num_prefix);
-  }
-
   // Starts copying the keys and values of a pack or piece. All threads meet here.
   PTV2_DEVICE void fetch_keys(const Step& step, int stage) {
     if (turns()) return;
@@ -156,18 +149,13 @@ struct Sweep {
       copy_rows<E, D>(k + 2 * tokens, rows, static_cast<const E*>(a.v) + column(), owner.start + owner.first, a.v_row, count);
       return;
     }
-    if (thread() < token_strips) owners[stage * token_strips + thread()] = step.owner(a, token_strips, thread());
-    sync();
-    for (int i = thread(); i < token_strips * 16 * (D / 8); i += num_threads()) {
-      const int at = i / (D / 8), d = i % (D / 8) * 8;
-      const Owner owner = owners[stage * token_strips + at / 16];
-      const int key = owner.first + at % 16;
-      const bool valid = key < owner.length;
-      const int64_t token = valid ? owner.start + key : 0;
+    Owner* const mine = owners + stage * token_strips;
+    list_owners(a, step, mine, token_strips);
+    for_pieces<D>(mine, token_strips, [&](int at, int d, int64_t token, bool valid) {
       E* const to = token_k + stage * tokens + at * ROW<D> + d;
       copy16(to, static_cast<const E*>(a.k) + token * a.k_row + column() + d, valid);
       copy16(to + 2 * tokens, static_cast<const E*>(a.v) + token * a.v_row + column() + d, valid);
-    }
+    });
   }
 
   PTV2_DEVICE void fetch_queries(const Step& step, int parity) {
@@ -377,7 +365,7 @@ struct Sweep {
     }
     while (!step.done(a)) {
       if (fresh && prefix_strips > 0 && (held != step.of.prompt || a.prefix_threshold)) {
-        fetch_prefix(step.of.prompt, step.of.num_prefix);
+        copy_prefix<E, D>(a, prefix_k, prefix_v, prefix_strips * 16, step.of, column());
         held = step.of.prompt;
       }
       commit();
@@ -392,10 +380,7 @@ struct Sweep {
         next_statistics = fetch_statistics(next);
       }
       if (fresh && a.prefix_threshold) {
-        const int c2 = step.b * a.N + n;
-        drop_prefix<E, D>(prefix_k, 0, prefix_strips * 16, Draw(a, c2, philox::PREFIX_K, a.prefix_threshold));
-        drop_prefix<E, D>(prefix_v, 0, prefix_strips * 16, Draw(a, c2, philox::PREFIX_V, a.prefix_threshold));
-        sync();
+        drop_whole_prefix<E, D>(a, prefix_k, prefix_v, prefix_strips * 16, step.b * a.N + n);
       }
       const E *const q = q_tiles + parity * QUERIES * ROW<D>, *const dout = do_tiles + parity * QUERIES * ROW<D>;
       probabilities(step, stage, q, dout, statistics);

@@ -176,4 +176,21 @@ PTV2_DEVICE void drop_prefix(E* tile, int first, int rows, const Draw& draw) {
   }
 }
 
+// Starts copying a sequence's whole prefix of one head to `rows` rows of keys and of values in shared memory.
+template <class E, int D>
+PTV2_DEVICE void copy_prefix(const Attention& a, E* k, E* v, int rows, const Sequence& of, int column) {
+  copy_rows<E, D>(k, rows, static_cast<const E*>(a.prefix_k) + of.prompt * a.prefix_k_prompt + column, 0, a.prefix_k_row,
+                  of.num_prefix);
+  copy_rows<E, D>(v, rows, static_cast<const E*>(a.prefix_v) + of.prompt * a.prefix_v_prompt + column, 0, a.prefix_v_row,
+                  of.num_prefix);
+}
+
+// Takes the dropout of one (sequence, head) from a whole prefix. All threads meet here.
+template <class E, int D>
+PTV2_DEVICE void drop_whole_prefix(const Attention& a, E* k, E* v, int rows, int c2) {
+  drop_prefix<E, D>(k, 0, rows, Draw(a, c2, philox::PREFIX_K, a.prefix_threshold));
+  drop_prefix<E, D>(v, 0, rows, Draw(a, c2, philox::PREFIX_V, a.prefix_threshold));
+  sync();
+}
+
 }  // namespace ptv2::cuda

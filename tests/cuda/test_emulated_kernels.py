@@ -160,8 +160,8 @@ MISTAKES = {
 
 def only_one_head_dim(sources: Path) -> None:
     """Leaves D = 64: a third of the time to compile."""
-    for source in sources.glob("*.cu"):
-        source.write_text(re.sub(r" *case (32|80|96|128): .*\n", "", source.read_text()))
+    source = sources / "dispatch.h"
+    source.write_text(re.sub(r" *case (32|80|96|128): .*\n", "", source.read_text()))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
