@@ -143,7 +143,7 @@ MISTAKES = {
     "a copy that is not waited for": ("sweep.h", "wait<0>();", "wait<1>();"),
     "keys of the next sequence over this one's": ("sweep.h", "fetch_keys(next, 1 - stage)",
                                                   "fetch_keys(next, stage)"),
-    "warpgroup products of what was not published": ("prefix_attention_fwd_sm90.cu", "publish();", ""),
+    "warpgroup products of what was not published": ("prefix_attention_fwd_sm90.cu", "cuda::publish();", ""),
     "a descriptor one row off": ("prefix_attention_fwd_sm90.cu", "j * 16 * 128", "j * 8 * 128"),
     "the turns of the prefix with long rows": ("sweep.h", "meets && step.its_turn(token_strips)", "meets"),
     "queries of the sequence beside it": ("sweep.h", "statistics.b == keys.b", "true"),
@@ -152,7 +152,7 @@ MISTAKES = {
     "packs that land on each other": ("forward_short.h", "fetch(step, 1 - stage)", "fetch(step, stage)"),
     "a pack's first keys for all its sequences": ("forward_short.h", "mine + TILE - owner.first * ROW<D>", "tiles + TILE"),
     "a prefetch before the barrier": ("sweep.h", "wait<0>();\n      sync();\n      Step next", "Step next"),
-    "a forward that overwrites keys still read": ("prefix_attention_fwd.cu", "sync();  // before the next copy", "// before"),
+    "a forward that overwrites keys still read": ("forward_block.h", "sync();  // before the next copy", "// before"),
     "dropout bits of the neighbouring lane": ("tile.h", "of_word >> t >> g / 4 * 16", "of_word >> t >> g / 4 * 16 >> 4"),
     "prefix masks left out of the gradient": ("sweep.h", "if (ADD && a.prefix_threshold)", "if (false)"),
 }
@@ -193,7 +193,7 @@ def test_the_emulator_names_what_went_wrong(tmp_path, monkeypatch):
         pytest.skip(reason)
     sources = Path(shutil.copytree(emulated.CSRC / "cuda", tmp_path / "cuda"))
     only_one_head_dim(sources)
-    forward = sources / "prefix_attention_fwd.cu"
+    forward = sources / "forward_block.h"
     forward.write_text(forward.read_text().replace("wait<1>();", "wait<1>();\n    if (lane() == 3) sync_warp();"))
     package = emulated.as_package(emulated.compile_library(tmp_path / "divergent.so", sources))
     case = Attention((70,), 5, N=1, D=64, dtype=bf16)
