@@ -182,7 +182,7 @@ def test_dropout_is_the_kernels_and_a_step_computed_again_draws_the_same(memory)
         torch.manual_seed(3)
         _, _, ours, batch, labels = pair("bert", which, prompt, memory=memory)
         ours.train()
-        ours.head.dropout.p = 0.0
+        ours.head.dropout_p = 0.0
         ours(**batch, labels=labels, seed=seed).loss.backward()
         grads.append(ours.prompt.bank.grad)
     assert_close("prompt", grads[0], grads[1], 2e-5)

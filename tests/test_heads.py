@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import transformers
 
+from ptv2_engine import ops
 from ptv2_engine.errors import ConfigError, LabelError
 from ptv2_engine.heads import SequenceClassificationHead, TokenClassificationHead, classification_loss
 from ptv2_engine.testing import tiny_config, tiny_model
@@ -49,19 +52,30 @@ def test_labels_that_do_not_fit(labels, kind, error, words):
 def test_the_trained_head_equals_transformers_dropout_included(family, kind, activation, training):
     module = getattr(transformers.models, family)
     theirs = getattr(getattr(module, f"modeling_{family}"), f"{kind}ClassificationHead")(tiny_config(family, num_labels=3))
-    ours = SequenceClassificationHead(64, 3, dropout=0.1, std=0.2, activation=activation)
+    ours = SequenceClassificationHead(64, 3, dropout_p=0.1, std=0.2, activation=activation)
     ours.dense.load_state_dict(theirs.dense.state_dict())
     ours.classifier.load_state_dict(theirs.out_proj.state_dict())
-    x_BH, outs = torch.randn(6, 64), []
-    for head, x in ((ours, x_BH), (theirs, x_BH[:, None])):
-        torch.manual_seed(5)      # the same generator, so the same masks
-        outs.append(head.train(training)(x))
-    torch.testing.assert_close(*outs, rtol=1e-6, atol=1e-6)
+    seed, sites = torch.tensor([5]), itertools.count(40)
+    theirs.dropout.forward = lambda x: ops.dropout(x, 0.1 * training, seed, next(sites))         # their places, our masks
+    x_BH = torch.randn(6, 64)
+    torch.testing.assert_close(ours.train(training)(x_BH, seed, 40), theirs(x_BH[:, None]), rtol=1e-6, atol=1e-6)
+    assert next(sites) == 42
+
+
+@pytest.mark.parametrize("kind, labels", [("regression", torch.randn(6)), ("regression", torch.randn(6, 3)),
+                                          ("multi_label_classification", torch.rand(6, 3).round())])
+@pytest.mark.parametrize("num_items", [None, 9])
+def test_rows_that_do_not_count(kind, labels, num_items):
+    logits, counted = torch.randn(6, labels.shape[1] if labels.dim() > 1 else 1), torch.tensor([1, 1, 0, 1, 0, 0]).bool()
+    wild = labels.clone()
+    wild[~counted] = torch.inf
+    torch.testing.assert_close(classification_loss(logits, wild, kind, num_items, counted),
+                               classification_loss(logits[counted], labels[counted], kind, num_items))
 
 
 @pytest.mark.parametrize("make", [SequenceClassificationHead, TokenClassificationHead])
 def test_heads_are_initialised_as_published_and_widen_bf16(make):
-    head = make(256, 40, dropout=0.5, std=0.02).eval()
+    head = make(256, 40, dropout_p=0.5, std=0.02).eval()
     assert set(dict(head.named_parameters())) == {"classifier.weight", "classifier.bias"}
     assert abs(head.classifier.weight.detach().std() - 0.02) < 1e-3 and not head.classifier.bias.any()
     x_RH = torch.randn(3, 256).bfloat16()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ptv2_engine.ops import _philox, cos_sin_table
 from ptv2_engine.ops.add_norm import reference_sum
+from ptv2_engine.ops.dropout import reference as dropout_reference
 from ptv2_engine.ops.embedding import reference as embedding_reference
 from ptv2_engine.ops.quantised import quantise
 from ptv2_engine.ops.quantised import reference as dequantise_reference
@@ -122,6 +123,17 @@ def test_rotary(tokens: int, heads: int, head_dim: int, inverse: bool, dtype: to
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(0, 8), (1, 1), (5, 67), (300, 768)])
+def test_dropout(tokens: int, width: int, dtype: torch.dtype) -> None:
+    """Forward and backward, and rows behind the last that change nothing."""
+    x, seed = torch.randn(tokens + 3, width).to(dtype), torch.tensor([SEED])
+    actual = torch.ops.ptv2.dropout(x[:tokens], 0.3, seed, 40)
+    exact = dropout_reference(x[:tokens].double(), 0.3, seed, 40)
+    assert_error_within("y", actual, exact, roundings=1.0)
+    assert torch.equal(actual != 0, exact != 0) and torch.equal(torch.ops.ptv2.dropout(x, 0.3, seed, 40)[:tokens], actual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tables", ["all", "no types given", "no type table", "no positions"])
 def test_embedding(tables: str, dtype: torch.dtype) -> None:
     word, position, kind = (torch.randn(rows, 50).to(dtype) for rows in (30, 20, 2))
@@ -176,6 +188,7 @@ def check_all() -> None:
     for dtype in DTYPES:
         test_add_norm(100, 0.3, True, dtype)
         test_embedding("all", dtype)
+        test_dropout(5, 67, dtype)
         test_geglu(37, 96, dtype)
         for kind in ("int8", "fp8", "nf4"):
             test_dequantise(32, 1030, kind, dtype)

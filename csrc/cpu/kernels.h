@@ -16,6 +16,7 @@ void gelu_bwd(const GeluBwdParams& p);
 void geglu_fwd(const GegluParams& p);
 void geglu_bwd(const GegluParams& p);
 void rotary(const RotaryParams& p);
+void dropout(const DropoutParams& p);
 void dequantise(const DequantiseParams& p);
 void prefix_attention_fwd(const PrefixAttentionParams& p);  // disentangled_attention too, when p.slots is given
 void prefix_attention_bwd(const PrefixAttentionBwdParams& p);

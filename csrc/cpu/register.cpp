@@ -200,6 +200,17 @@ void rotary_op(const Tensor& qkv_T3ND, const Tensor& cos_sin_LD, const Tensor& p
   rotary({dtype, qkv_T3ND.mutable_data_ptr(), cos_sin_LD.const_data_ptr<float>(), position, T, N, D, inverse});
 }
 
+Tensor dropout_op(const Tensor& x_TH, double p, const Tensor& seed, int64_t site) {
+  const char* op = "dropout";
+  TORCH_CHECK(x_TH.dim() == 2, op, ": x ", x_TH.sizes(), " must be [T, H].");
+  check_like(op, "x", x_TH, x_TH);
+  const Dropout drop = dropout_of(op, p, seed, site);
+  if (!drop.on) return x_TH.clone();
+  Tensor y = at::empty(x_TH.sizes(), x_TH.options());
+  dropout({dtype_of(op, x_TH), x_TH.const_data_ptr(), y.mutable_data_ptr(), x_TH.size(0), x_TH.size(1), drop});
+  return y;
+}
+
 Tensor dequantise_op(const Tensor& codes, const Tensor& scales, std::string_view kind, int64_t rows, int64_t columns,
                      at::ScalarType dtype) {
   const char* op = "dequantise";
@@ -230,6 +241,7 @@ TORCH_LIBRARY_IMPL(ptv2, CPU, m) {
   m.impl("geglu_fwd", geglu_op);
   m.impl("geglu_bwd", geglu_bwd_op);
   m.impl("rotary_", rotary_op);
+  m.impl("dropout", dropout_op);
   m.impl("dequantise", dequantise_op);
 }
 

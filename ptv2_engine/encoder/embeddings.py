@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptv2_engine.encoder.config import EncoderConfig
 from ptv2_engine.encoder.layer import frozen, frozen_linear_of
 from ptv2_engine.errors import InputError
-from ptv2_engine.ops import add_norm, embedding
+from ptv2_engine.ops import add_norm, dropout, embedding
 from ptv2_engine.packing import PackedBatch
 
 
@@ -69,8 +68,8 @@ class Embeddings(nn.Module):
 
 
 def insert_rows(x_TH: Tensor, batch: PackedBatch, rows_KPH: Tensor, prompt_lengths: Tensor | None,
-                dropout_p: float) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Put each sequence's prompt rows in front of its tokens.
+                dropout_p: float, seed: Tensor | None, site: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Put each sequence's prompt rows, dropped out anew for each, in front of its tokens.
 
     Returns:
         x [T + sum of prompt lengths, H], cu_seqlens int32 [B+1] of the longer sequences, the rows [T] where the tokens
@@ -86,7 +85,7 @@ def insert_rows(x_TH: Tensor, batch: PackedBatch, rows_KPH: Tensor, prompt_lengt
     owner = torch.repeat_interleave(torch.arange(B, device=x_TH.device), added_B, output_size=num_added)
     inside = torch.arange(num_added, device=x_TH.device) - (ends_B - added_B)[owner]
     prompt_rows = batch.cu_seqlens[:-1].long()[owner] + (ends_B - added_B)[owner] + inside
-    rows = F.dropout(rows_KPH[ids[owner], inside], dropout_p, training=dropout_p > 0)
+    rows = dropout(rows_KPH[ids[owner], inside], dropout_p, seed, site)
     x = x_TH.new_zeros(batch.num_tokens + num_added, H).index_copy(0, token_rows_T, x_TH).index_copy(0, prompt_rows, rows)
     cu_seqlens = batch.cu_seqlens.clone()
     cu_seqlens[1:] += ends_B.int()

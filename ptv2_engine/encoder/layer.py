@@ -23,7 +23,8 @@ from ptv2_engine.encoder.config import EncoderConfig
 from ptv2_engine.encoder.recompute import NormSource, recomputed
 from ptv2_engine.ops import FrozenLinear, add_norm_kept, linear_gelu, prefix_attention_qkv
 
-SITES = 4      # Philox call sites a layer: 0 attention, 1 add_norm after attention, 2 add_norm after the FFN
+SITES = 4      # Philox call sites a layer: 0 attention, 1 add_norm after attention, 2 add_norm after the FFN;
+               # behind the last one's: 0 embedding, 1 convolution, 2 input prompt, 3 last norm
 MEMORY = ("exact", "lean", "minimal")       # what layers keep for backward, from most to least
 Ranges = tuple[Tensor, Tensor]      # context_B, key_range_T2 of prefix_attention
 

@@ -126,6 +126,14 @@ class Encoder(nn.Module):
     def finish_loading(self) -> None:
         """What a family computes once from its loaded, frozen weights; nothing where trained_backbone is set."""
 
+    def drawn_seed(self) -> Tensor:
+        """A seed of dropout masks, int64 [1] on the device, from torch's CPU generator: no wait for the device."""
+        return torch.randint(2**62, (1,)).to(self.device, non_blocking=True)
+
+    def num_sites(self) -> int:
+        """The first Philox call site that the encoder leaves free: those of its layers, and of what stands around them."""
+        return SITES * (len(self.layers) + 1)
+
     def _shift(self, batch: PackedBatch, length: int, prompt_lengths: Tensor | None) -> Tensor | int:
         if prompt_lengths is None or not length:
             return length
@@ -169,7 +177,7 @@ class Encoder(nn.Module):
         hidden, attention = (self.hidden_dropout, self.attention_dropout) if self.training else (0.0, 0.0)
         prefix_dropout = prefix.dropout_p if prefix is not None and self.training else 0.0
         if seed is None and max(hidden, attention, prefix_dropout) > 0:
-            seed = torch.randint(2**62, (1,)).to(self.device, non_blocking=True)
+            seed = self.drawn_seed()
 
         x_TH = self.embeddings(batch, self._shift(batch, length, lengths) if shifts else 0, hidden, seed,
                                SITES * len(self.layers))
@@ -178,13 +186,14 @@ class Encoder(nn.Module):
         token_rows = None
         if input_prompt_KPE is not None:
             prompt_KPH = self.embeddings.prompt_rows(input_prompt_KPE.to(self.dtype))
-            x_TH, cu_seqlens, token_rows, max_seqlen = insert_rows(x_TH, batch, prompt_KPH, prompt_lengths,
-                                                                   0.0 if self.embeddings.late_dropout else hidden)
+            x_TH, cu_seqlens, token_rows, max_seqlen = insert_rows(
+                x_TH, batch, prompt_KPH, prompt_lengths, 0.0 if self.embeddings.late_dropout else hidden, seed,
+                SITES * len(self.layers) + 2)
             step = step._replace(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
         if first_tokens_only and not batch.num_tokens:
             return x_TH.new_zeros(batch.num_sequences, self.config.hidden_size)
         if first_tokens_only:
-            output_rows_R = batch.cu_seqlens[:-1].long().clamp(max=batch.num_tokens - 1)    # any row for an empty sequence
+            output_rows_R = batch.rows_at(0)
         rows = output_rows_R if output_rows_R is None or token_rows is None else token_rows[output_rows_R]
         x_TH = self.run_layers(x_TH, self.prepare(step, batch, x_TH.shape[0], token_rows), prefix,
                                token_rows if rows is None else rows)

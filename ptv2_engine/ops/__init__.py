@@ -7,6 +7,7 @@ import torch
 from ptv2_engine.ops._dispatch import BACKENDS, Choice, choose, device_type, planned_for, readable, use_backend
 from ptv2_engine.ops.add_norm import Kept, add_norm, add_norm_kept, add_norm_sum
 from ptv2_engine.ops.disentangled_attention import disentangled_attention
+from ptv2_engine.ops.dropout import dropout
 from ptv2_engine.ops.embedding import embedding
 from ptv2_engine.ops.frozen_linear import FrozenLinear, can_pack, frozen_linear
 from ptv2_engine.ops.linear_geglu import linear_geglu
@@ -17,7 +18,7 @@ from ptv2_engine.ops.quantised import KINDS, Quantised, dequantise, quantise
 from ptv2_engine.ops.rotary import cos_sin_table, rotary
 
 OPS = ("embedding", "frozen_linear", "prefix_attention", "disentangled_attention", "rotary", "add_norm", "linear_gelu",
-       "linear_geglu", "dequantise")
+       "linear_geglu", "dropout", "dequantise")
 
 
 def backend_for(op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 64) -> Choice:
@@ -26,6 +27,6 @@ def backend_for(op: str, device: str | torch.device = "cpu", dtype: torch.dtype 
 
 
 __all__ = ["BACKENDS", "KINDS", "OPS", "Choice", "FrozenLinear", "Kept", "Quantised", "add_norm", "add_norm_kept", "add_norm_sum",
-           "backend_for", "can_pack", "cos_sin_table", "dequantise", "device_type", "disentangled_attention", "embedding",
-           "frozen_linear", "key_ranges", "linear_geglu", "linear_gelu", "planned_for", "prefix_attention",
+           "backend_for", "can_pack", "cos_sin_table", "dequantise", "device_type", "disentangled_attention", "dropout",
+           "embedding", "frozen_linear", "key_ranges", "linear_geglu", "linear_gelu", "planned_for", "prefix_attention",
            "prefix_attention_qkv", "quantise", "readable", "rotary", "use_backend", "vocabulary_log_prob"]

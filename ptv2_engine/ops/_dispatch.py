@@ -214,7 +214,7 @@ _TRITON_MODULES = {"embedding": "embedding", "add_norm_fwd": "add_norm", "add_no
                    "gelu_": "linear_gelu", "gelu_bwd": "linear_gelu", "prefix_attention_fwd": "prefix_attention",
                    "prefix_attention_bwd": "prefix_attention", "disentangled_attention_fwd": "disentangled_attention",
                    "disentangled_attention_bwd": "disentangled_attention", "rotary_": "rotary", "geglu_fwd": "geglu",
-                   "geglu_bwd": "geglu", "dequantise": "dequantise"}
+                   "geglu_bwd": "geglu", "dropout": "dropout", "dequantise": "dequantise"}
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from kernel_checks import (
     check_add_norm,
     check_attention,
     check_dequantise,
+    check_dropout,
     check_embedding,
     check_gelu,
     mixed_prompts,
@@ -35,6 +36,7 @@ def test_row_ops(T, H, p, dtype):
     check_add_norm(T, H, dtype, p)
     check_add_norm(T, H, dtype, p, with_sum=True)
     check_embedding(T, H, dtype, p)
+    check_dropout(T, H, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,6 +23,7 @@ from ptv2_engine.kernels import (
     add_norm,
     dequantise,
     disentangled_attention,
+    dropout,
     embedding,
     geglu,
     linear_gelu,
@@ -75,16 +76,17 @@ def unlike_rows(S: int, P: int, D: int, dtype: torch.dtype, dropout: float = 0.0
     prefix_attention.prefix_attention_bwd(torch.zeros_like(out), q, k, v, *prefix, None, lse, *plain, True, P > 0)
 
 
-def row_ops(H: int, dtype: torch.dtype, dropout: float) -> None:
+def row_ops(H: int, dtype: torch.dtype, p: float) -> None:
     x, weight, seed = torch.zeros(8, H, dtype=dtype), torch.zeros(H, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     ids = torch.zeros(8, dtype=torch.int64)
     for total in (False, True):
-        _, xhat, rstd, _, _ = add_norm.add_norm_fwd(x, x, weight, weight, 1e-12, dropout, seed, 1, "full", total)
-        add_norm.add_norm_bwd(x, x if total else None, xhat, None, rstd, weight, dropout, seed, 1)
-        _, codes, rstd, scales, _ = add_norm.add_norm_fwd(x, x, weight, weight, 1e-12, dropout, seed, 1, "int8", total)
-        add_norm.add_norm_bwd(x, x if total else None, codes, scales, rstd, weight, dropout, seed, 1)
+        _, xhat, rstd, _, _ = add_norm.add_norm_fwd(x, x, weight, weight, 1e-12, p, seed, 1, "full", total)
+        add_norm.add_norm_bwd(x, x if total else None, xhat, None, rstd, weight, p, seed, 1)
+        _, codes, rstd, scales, _ = add_norm.add_norm_fwd(x, x, weight, weight, 1e-12, p, seed, 1, "int8", total)
+        add_norm.add_norm_bwd(x, x if total else None, codes, scales, rstd, weight, p, seed, 1)
     add_norm.renorm(codes, scales, weight, weight, dtype)
-    embedding.embedding(ids, ids, ids, x, x, x, weight, weight, 1e-12, dropout, seed, 1)
+    embedding.embedding(ids, ids, ids, x, x, x, weight, weight, 1e-12, p, seed, 1)
+    dropout.dropout(x, p, seed, 1)
 
 
 def gelu(dtype: torch.dtype, approximate: str) -> None:

@@ -101,6 +101,17 @@ def check_add_norm(T: int, H: int, dtype: torch.dtype = torch.float32, p: float 
         assert torch.equal(dx != 0, (keep > 0) & (dresidual != 0)), "the dropout mask is not the reference's"
 
 
+def check_dropout(T: int, H: int, dtype: torch.dtype = torch.float32, p: float = 0.3, package: str = KERNELS) -> None:
+    """Forward, which is its own backward, and rows behind the last that change nothing."""
+    x, seed, site = randn(T + 3, H, seed=21, dtype=dtype), seed_tensor(), 40
+    with poisoned_memory():
+        y, more = (kernel("dropout", package).dropout(rows, p, seed, site) for rows in (x[:T].contiguous(), x))
+    assert y.dtype == dtype and torch.equal(y, more[:T])
+    exact = op("dropout").reference(x[:T].double(), p, seed, site)
+    assert_error_within("dropout", y, exact, None, roundings=1.0)
+    assert torch.equal(y != 0, exact != 0), "the dropout mask is not the reference's"
+
+
 def check_embedding(T: int, E: int, dtype: torch.dtype = torch.float32, p: float = 0.0, types: str = "given",
                     positions: bool = True, package: str = KERNELS) -> None:
     """types: "given" | "none" (no ids: row 0) | "no table"."""

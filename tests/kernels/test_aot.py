@@ -59,8 +59,9 @@ def test_kernels_compile_without_spills(rows, capsys):
             print(" ".join(f"{row[name]:>{width}}" for name, width in COLUMNS.items()))
     assert seen == {*ATTENTION, "reduce_kernel", "tile_list_kernel", "add_norm_fwd_kernel", "add_norm_bwd_kernel",
                     "renorm_kernel",
-                    "embedding_kernel", "gelu_kernel", "gelu_bwd_kernel", "gelu_packed_kernel", "gelu_packed_bwd_kernel",
-                    "rotary_kernel", "geglu_fwd_kernel", "geglu_bwd_kernel", "dequantise_rows_kernel", "dequantise_nf4_kernel"}
+                    "embedding_kernel", "dropout_kernel", "gelu_kernel", "gelu_bwd_kernel", "gelu_packed_kernel",
+                    "gelu_packed_bwd_kernel", "rotary_kernel", "geglu_fwd_kernel", "geglu_bwd_kernel",
+                    "dequantise_rows_kernel", "dequantise_nf4_kernel"}
     assert not (wrong := check(rows)), "\n".join(wrong)
 
 

@@ -1,10 +1,10 @@
-"""The embedding kernel against the fp64 reference."""
+"""The embedding and dropout kernels against the fp64 reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import check_embedding
+from kernel_checks import check_dropout, check_embedding
 
 
 @pytest.mark.parametrize("T, E", [(0, 32), (1, 128), (9, 100), (33, 64)])
@@ -17,3 +17,9 @@ def test_embedding(T, E, p):
 @pytest.mark.parametrize("positions", [True, False])
 def test_tables_that_may_be_missing(types, positions):
     check_embedding(5, 48, torch.float16, 0.1, types, positions)
+
+
+@pytest.mark.parametrize("T, H", [(0, 32), (1, 4), (9, 100), (33, 600)])
+def test_dropout(T, H):
+    check_dropout(T, H)
+    check_dropout(T, H, torch.float16, 0.5)

@@ -157,6 +157,7 @@ def test_opcheck_of_every_schema():
            (torch.randn_like(out), *qkv.unbind(1), pk, pv, *tables, None, lse, *plain, tokens, True))
           for tokens in (True, False)),
         (torch.ops.ptv2.rotary_, (qkv.clone(), torch.randn(9, D), torch.arange(8), False)),
+        (torch.ops.ptv2.dropout, (x, 0.3, seed, 4)),
         (torch.ops.ptv2.geglu_fwd, (z,)),
         (torch.ops.ptv2.geglu_bwd, (torch.randn(6, 8), z)),
         *((torch.ops.ptv2.add_norm_fwd, (x, x, weight, weight, 1e-5, 0.1, seed, 0, keep, total)) for total in (False, True)

@@ -169,6 +169,19 @@ def test_linear_gelu_gradcheck(approximate):
     assert torch.autograd.gradcheck(lambda x: ops.frozen_linear(x, weight, bias), (x,))
 
 
+def test_dropout_keeps_the_mean_and_its_gradient_has_its_mask():
+    x = torch.randn(50, 41, dtype=torch.float64).abs().requires_grad_()
+    y = ops.dropout(x, 0.25, seed=3, site=9)
+    kept = y != 0
+    torch.testing.assert_close(y[kept], x[kept] / 0.75)
+    assert abs(kept.double().mean() - 0.75) < 4 * (0.25 * 0.75 / x.numel()) ** 0.5
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], kept.double() / 0.75)
+    assert not torch.equal(ops.dropout(x, 0.25, seed=3, site=10) != 0, kept) and ops.dropout(x, 0.0) is x
+    narrow = x.detach().float().requires_grad_()              # through a kernel where there is one: the same mask both ways
+    out = ops.dropout(narrow, 0.25, seed=3, site=9)
+    assert torch.equal(out != 0, kept) and torch.equal(torch.autograd.grad(out.sum(), narrow)[0] != 0, kept)
+
+
 def test_embedding_equals_its_definition():
     torch.manual_seed(0)
     word, position, types = (torch.randn(n, 8, dtype=torch.float64) for n in (20, 10, 2))

@@ -99,6 +99,14 @@ struct RotaryParams {
   bool inverse;  // by the negative angle
 };
 
+struct DropoutParams {
+  DType dtype;
+  const void* x_TH;
+  void* y_TH;
+  int64_t T, H;
+  Dropout dropout;
+};
+
 enum class Quantisation : int { int8 = 0, fp8 = 1, nf4 = 2 };
 
 // A frozen weight [rows, columns] from its codes. int8, fp8 (e4m3fn): a byte a weight, a scale a row. nf4: two weights a byte,
