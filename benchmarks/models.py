@@ -92,7 +92,7 @@ def our_replayed_step(model: PromptedModel, packed: dict[str, Any]) -> Callable[
 
     for _ in range(3):
         step()
-    if graphs.failed is not None or not any(s.captured for s in graphs.buckets.values()):
+    if graphs.failed is not None or not any(s.part.captured for s in graphs.buckets.values()):
         raise RuntimeError(graphs.failed or "nothing was captured")
     return step
 

@@ -130,6 +130,10 @@ def run(argv: Sequence[str]) -> None:
     print(table(plans, on_cuda=args.device == "cuda"), end="")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    if args.device == "cuda" and setup.stream_weights is None:        # streamed weights have no graphs
+        found["cuda_graphs"] = planner.plan(replace(setup, cuda_graphs=True)).peak
+        print(f"Training replays such steps as CUDA graphs, which takes {size(found['cuda_graphs'])} in all with their memory "
+              "pool; where that does not fit, it goes without them.")
     if limit is not None:
         found["fit"] = fit(setup, planner, plans[0], args.fit, limit)
     if args.measure:

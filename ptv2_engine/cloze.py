@@ -55,21 +55,19 @@ class ClozeHead(nn.Module):
             found = None if mask_positions is None else tuple(mask_positions.shape)
             raise InputError(f"mask_positions is {found}, but a masked language model needs the index of the mask token in each "
                              f"of {batch.num_sequences} sequences; make the features with ClozeTask.")
-        if readable(mask_positions) and bool(((mask_positions < 0) | (mask_positions >= batch.lengths())).any()):
-            b = int(((mask_positions < 0) | (mask_positions >= batch.lengths())).nonzero()[0])
+        if readable(mask_positions) and (b := batch.first_without(mask_positions)) is not None:
             raise InputError(f"mask_positions[{b}] is {int(mask_positions[b])}, but the sequence has {int(batch.lengths()[b])} "
                              "tokens; make the features with ClozeTask.")
-        return batch.cu_seqlens[:-1].long() + mask_positions.long()
+        return batch.rows_at(mask_positions.long())
 
     def sop_rows(self, batch: PackedBatch) -> Tensor:
         """int64 [B]: the row of each sequence's first token of part B. Raises InputError without one (on the host)."""
         if batch.causal_from is None:
             raise InputError("a cloze batch needs causal_from and position_ids; make the features with cloze_features.")
-        if readable(batch.causal_from) and bool((batch.causal_from >= batch.lengths()).any()):
-            b = int((batch.causal_from >= batch.lengths()).nonzero()[0])
+        if readable(batch.causal_from) and (b := batch.first_without(batch.causal_from)) is not None:
             raise InputError(f"sequence {b} has {int(batch.lengths()[b])} tokens and causal_from {int(batch.causal_from[b])}, so "
                              "no <sop> stands behind its context; make the features with cloze_features.")
-        return batch.cu_seqlens[:-1].long() + batch.causal_from
+        return batch.rows_at(batch.causal_from)
 
     def verbalize(self, h_BH: Tensor, word_VH: Tensor) -> Tensor:
         """fp32 logits [B, C] of the verbalizers' tokens."""

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from ptv2_engine.packing import IGNORE
 
-_SPARE = {"input_ids": 0, "token_type_ids": 0, "position_ids": 0, "candidate_ids": -1, "target_ids": IGNORE}   # behind the tokens
+# What stands behind the tokens, the sequences and the examples of a batch that is filled up
+_OF_TOKENS = {"input_ids": 0, "token_type_ids": 0, "position_ids": 0, "candidate_ids": -1, "target_ids": IGNORE}
+_OF_SEQUENCES = {"seq_lengths": 0, "prompt_ids": 0}
+_OF_EXAMPLES = {"choice_counts": 0, "labels": IGNORE, "mask_positions": 0, "causal_from": 0, "start_positions": 0,
+                "end_positions": 0}
 _ALIGNED = 16                    # bytes; where a tensor starts in the block that a batch is copied as
 
 
@@ -35,21 +39,36 @@ class Bucket(NamedTuple):
     others: tuple[tuple[str, Any], ...]
 
 
-def fill_up(inputs: Mapping[str, Any], limit: int, per_token_labels: bool) -> dict[str, Any]:
-    """A packed batch (PackedCollator's) with spare tokens up to its bucket. limit: the most tokens a sequence may have.
-    per_token_labels: labels are [B, S], of a batch whose S is the longest sequence."""
-    made = dict(inputs)
+def fill_up(inputs: Mapping[str, Any], limit: int, per_token_labels: bool, examples: int = 0) -> dict[str, Any]:
+    """A packed batch (PackedCollator's) with spare tokens up to its bucket, and spare sequences, which have no tokens.
+
+    limit: the most tokens a sequence may have. per_token_labels: labels are [B, S], of a batch whose S is the longest sequence.
+    examples: how many to fill up to; a batch with more keeps its own.
+    """
+    made = {k: v for k, v in inputs.items() if v is not None}
     count, longest = inputs["input_ids"].shape[0], int(inputs["max_seqlen"])
     spare, bucket = bucket_of_tokens(count) - count, bucket_of_longest(longest, limit)
-    for name, value in _SPARE.items():
-        if made.get(name) is not None:
-            made[name] = nn.functional.pad(made[name], (0, spare), value=value)
-    if per_token_labels and made.get("labels") is not None:
+    if per_token_labels and "labels" in made:
         made["labels"] = nn.functional.pad(made["labels"], (0, bucket - made["labels"].shape[1]), value=IGNORE)
     for name in ("start_positions", "end_positions"):            # behind the last cell means: takes no part
-        if made.get(name) is not None:
+        if name in made:
             made[name] = torch.where(made[name] >= longest, bucket, made[name])
-    return {k: v for k, v in made.items() if v is not None} | {"max_seqlen": bucket, "spare_tokens": True}
+    missing = dict.fromkeys(_OF_TOKENS, spare) | _missing(made, examples)
+    fill = _OF_TOKENS | _OF_SEQUENCES | _OF_EXAMPLES | {"start_positions": bucket, "end_positions": bucket}
+    for name, more in missing.items():
+        if name in made and more > 0:
+            last = made[name].dim() - 1 if name in _OF_TOKENS else 0         # positions are [2, T]
+            made[name] = nn.functional.pad(made[name], (0, 0) * (made[name].dim() - 1 - last) + (0, more), value=fill[name])
+    return made | {"max_seqlen": bucket, "spare_tokens": True}
+
+
+def _missing(inputs: Mapping[str, Any], examples: int) -> dict[str, int]:
+    """How many entries each tensor of the examples, and of their sequences, lacks for so many examples."""
+    sequences = examples
+    if "choice_counts" in inputs:                                # where examples have several sequences, up to max_choices
+        sequences = examples * inputs["max_choices"]
+    return {name: wanted - inputs[name].shape[0] for names, wanted in ((_OF_SEQUENCES, sequences), (_OF_EXAMPLES, examples))
+            for name in names if name in inputs}
 
 
 def bucket_of(inputs: Mapping[str, Any]) -> Bucket:

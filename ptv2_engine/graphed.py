@@ -5,10 +5,10 @@ stay where they are; `clip` and `step` (one each) hold gradient clipping and Ada
 batch that no graph fits all see the gradients they would see without graphs.
 
 Kernels get their sizes when a graph is captured, so a batch is filled up to its bucket: tokens of no sequence behind the last
-one (less than 1/8 of the tokens, computed and read by nobody), cu_seqlens with lengths that end before them, and the longest
-sequence rounded up to the power of two by which the kernels choose their tiles. What changes from step to step lies in device
-memory at fixed places: the batch, the dropout seed, the learning rates. Batches run on the same filled-up sizes before their
-graph exists and when they have none, so the numbers do not depend on which of the two a step was.
+one (less than 1/8 of the tokens, computed and read by nobody), sequences without tokens up to the number that a batch may have,
+and the longest sequence rounded up to the power of two by which the kernels choose their tiles. What changes from step to step
+lies in device memory at fixed places: the batch, the dropout seed, the learning rates. Batches run on the same filled-up sizes
+before their graph exists and when they have none, so the numbers do not depend on which of the two a step was.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from ptv2_engine.graph_inputs import Bucket, Staging, bucket_of, fill_up, places
 from ptv2_engine.model import PromptedModel
 
 Replay = Callable[[], None]
+
+
 @functools.cache
 def capture_stream(device: int) -> torch.cuda.Stream:
     """One for all captures on a device: cuBLAS keeps a workspace for each stream it has seen."""
@@ -67,6 +69,29 @@ class CudaGraphs:
         return recorded(function, self.pool)
 
 
+class _Part:
+    """A part of the step: a function that runs as it is until its graph is captured, right behind a run (what a run makes once,
+    compiled kernels and tables, is there then), and is replayed from then on."""
+
+    def __init__(self, owner: StepGraphs, function: Callable[[], Any]) -> None:
+        self.owner, self.function, self.captured = owner, function, False
+        self.replay: Replay = lambda: None
+        self.result: Tensor | None = None                     # written anew by each replay
+
+    def run(self, capture: bool = True, probe: bool = False) -> Any:
+        """Its result. capture: whether it may be captured now. probe: whether it may be run twice to see if it can be."""
+        if self.captured:
+            self.replay()
+            return None if self.result is None else self.result.clone()
+        if not capture or self.owner.failed is not None:
+            return self.function()
+        result = self.owner.probed(self.function) if probe else self.function()
+        if (made := self.owner.capture(self.function)) is not None:
+            self.replay, self.result = made
+            self.captured = True
+        return result
+
+
 class _Gradients:
     """Forward, loss and backward of one bucket."""
 
@@ -74,7 +99,7 @@ class _Gradients:
         self.owner, self.bucket, self.runs = owner, bucket, 0
         self.memory = torch.empty(places_of(bucket)[-1], dtype=torch.uint8, device=owner.device)
         self.inputs = views_of(bucket, self.memory) | dict(bucket.others)
-        self.captured: tuple[Replay, Tensor] | None = None
+        self.part = _Part(owner, self.compute)
 
     def compute(self) -> Tensor:
         """Add a batch's gradients to the model's; its loss."""
@@ -88,16 +113,8 @@ class _Gradients:
 
     def run(self, values: Mapping[str, Any]) -> Tensor:
         self.owner.staging.upload(values, self.bucket, self.memory)
-        self.runs += 1
-        if self.captured is not None:
-            self.captured[0]()
-            return self.captured[1].clone()
-        if self.runs == 1 or self.owner.failed or not self.owner.has_room():
-            return self.compute()
-        # Captured when it comes a second time, right behind a run: what a run makes once (compiled kernels, tables) is there
-        loss = self.owner.probed(self.compute)
-        self.captured = self.owner.capture(self.compute)
-        return loss
+        self.runs += 1                                        # sizes that come once are not worth a capture
+        return self.part.run(capture=self.runs > 1 and self.owner.has_room(), probe=True)
 
 
 class StepGraphs:
@@ -105,12 +122,15 @@ class StepGraphs:
 
     Arguments:
         model: PromptedModel on the device, in training mode when it runs. optimizer: AdamW over its trained parameters.
-        max_norm: of the gradients; 0 leaves them. graphs: what captures, default CudaGraphs.
-        most: graphs that may be held; buckets beyond run without.
+        max_norm: of the gradients; 0 leaves them. examples: the most a batch has; smaller ones (an epoch's last) are filled up
+        with spare ones, so that they share graphs. 0: each number of sequences has graphs of its own.
+        graphs: what captures, default CudaGraphs. most: graphs that may be held; buckets beyond run without.
     """
 
-    def __init__(self, model: PromptedModel, optimizer: AdamW, max_norm: float, graphs: Any = None, most: int = 64) -> None:
-        self.model, self.optimizer, self.max_norm, self.most, self.device = model, optimizer, max_norm, most, model.device
+    def __init__(self, model: PromptedModel, optimizer: AdamW, max_norm: float, *, examples: int = 0, graphs: Any = None,
+                 most: int = 64) -> None:
+        self.model, self.optimizer, self.max_norm, self.device = model, optimizer, max_norm, model.device
+        self.examples, self.most = examples, most
         self.graphs: Any = CudaGraphs() if graphs is None else graphs
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
@@ -120,8 +140,8 @@ class StepGraphs:
         self.empty = True                                     # whether the gradients are zero
         self.staging = Staging(self.device)
         self.buckets: dict[Any, _Gradients] = {}
-        self._clip: tuple[Replay, Tensor] | None = None
-        self._step: tuple[Replay, None] | None = None
+        self._clip = _Part(self, lambda: nn.utils.clip_grad_norm_(self.parameters, self.max_norm))
+        self._update: _Part | None = None
         self.failed: str | None = None                        # why nothing more is captured
         if isinstance(optimizer, GraphedAdamW):
             optimizer.graphs = self
@@ -131,7 +151,8 @@ class StepGraphs:
         if isinstance(self.optimizer, GraphedAdamW):
             self.optimizer.graphs = None
         self.buckets.clear()
-        self._clip = self._step = self.graphs = None
+        self._update = self.graphs = None
+        self._clip = _Part(self, self._clip.function)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)               # the last replay may still run
             torch.cuda.empty_cache()
@@ -169,8 +190,9 @@ class StepGraphs:
         Returns:
             The loss, a scalar on the device.
         """
-        values = fill_up(inputs, self.model.max_length(), self.model.task == "token-classification") | {"divisor": divisor}
-        values["seed"] = torch.randint(2**62, (1,))           # as the encoder draws it
+        per_token = self.model.task == "token-classification"
+        values = fill_up(inputs, self.model.max_length(), per_token, self.examples) | {"divisor": divisor}
+        values["seed"] = torch.randint(2**62, (1,))           # as the model draws it
         if num_items is not None:
             values["num_items_in_batch"] = torch.as_tensor(num_items, dtype=torch.float32)
         bucket = bucket_of(values)
@@ -187,10 +209,9 @@ class StepGraphs:
     def _settings(self) -> tuple[Any, ...]:
         """What a captured step holds as numbers, so that a step with others is captured anew."""
         encoder = self.model.encoder
-        dropouts = (m.p for m in self.model.head.modules() if isinstance(m, nn.Dropout))
         own = (value for value in vars(self.model.head).values() if isinstance(value, float))
         return (encoder.training, encoder.memory, encoder.hidden_dropout, encoder.attention_dropout,
-                self.model.prompt_config.prompt_dropout, *dropouts, *own)
+                self.model.prompt_config.prompt_dropout, *own)
 
     def attach(self) -> None:
         """Let .grad be where the graphs add, and where a step without graphs adds too; what it holds elsewhere is taken over."""
@@ -203,20 +224,12 @@ class StepGraphs:
                 parameter.grad = gradient
 
     def has_room(self) -> bool:
-        return sum(step.captured is not None for step in self.buckets.values()) < self.most
+        return sum(step.part.captured for step in self.buckets.values()) < self.most
 
     def clip(self) -> Tensor:
         """Clip the gradients to max_norm; their norm before that, a scalar on the device."""
-        def function() -> Tensor:
-            return nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
-
         self.attach()
-        if self._clip is not None:
-            self._clip[0]()
-            return self._clip[1].clone()
-        norm = function()
-        self._clip = self.capture(function)
-        return norm
+        return self._clip.run()
 
     def step(self, update: Callable[[], Any]) -> None:
         """AdamW's update (optimizer.step as it is without graphs) with the rates its groups hold now; then zero gradients."""
@@ -232,12 +245,9 @@ class StepGraphs:
                 self.rates_held[i] = group["lr"]
         self.empty = True
         numbers = [(group["betas"], group["eps"], group["weight_decay"]) for group in self.optimizer.param_groups]
-        if self._step is not None and numbers == self.numbers_held:
-            self._step[0]()
-            return
-        self.numbers_held = numbers
-        function()                                            # the first one makes the optimizer's state
-        self._step = self.capture(function)
+        if self._update is None or numbers != self.numbers_held:
+            self._update, self.numbers_held = _Part(self, function), numbers
+        self._update.run()
 
     @contextlib.contextmanager
     def _rates_on_device(self) -> Iterator[None]:

@@ -161,7 +161,7 @@ class PromptedModel(nn.Module):
         """Backbone's hidden dropout, prompt dropout and head dropout at once: the published --hidden_dropout_prob."""
         self.encoder.hidden_dropout = self.prompt_config.prompt_dropout = p
         if isinstance(self.head, (SequenceClassificationHead, TokenClassificationHead)):
-            self.head.dropout.p = p
+            self.head.dropout_p = p
 
     def set_memory(self, policy: str) -> None:
         """What layers keep for backward: "exact", "lean" or "minimal" (encoder/layer.py). Raises ConfigError."""
@@ -232,7 +232,7 @@ class PromptedModel(nn.Module):
             labels: [B] classes or values, [B, C] multi-label; [B, S] for token classification with -100 ignored;
                 [B] the right choice. start_positions, end_positions: [B] tokens of the answer, for question answering.
             prompt_ids: [B], each sequence's prompt in the bank. seed: int64 tensor [1] that fixes
-                the deep prompt's and the backbone's dropout masks.
+                every dropout mask; None: drawn from torch's CPU generator where the model trains.
             causal_from [B], position_ids [B, 2, S] or [2, T]: GLM's part B (see packing.with_parts). Cloze over candidates:
                 candidate_ids and target_ids, [B, S] or [T]; tasks.cloze makes all four. mask_positions [B]: the blank of a masked
                 language model, an index in its sequence.
@@ -252,23 +252,26 @@ class PromptedModel(nn.Module):
                 raise InputError(f"causal_from and position_ids are GLM's, but this backbone is {self.encoder.config.family}; "
                                  "leave them out.")
             batch = with_parts(batch, causal_from, position_ids, candidate_ids)
+        if seed is None and self.training:
+            seed = self.encoder.drawn_seed()                   # one for the whole step
         if isinstance(self.head, ClozeHead):
             scores = self._cloze_scores(self.head, batch, target_ids, candidate_ids, mask_positions, seed)
         else:
             x = self.hidden_states(batch, seed, first_tokens_only=self.task not in OF_TOKENS)
-            scores = self._head_scores(x)
+            scores = self._head_scores(x, seed)
         scored = score(self.task, scores, batch, Targets(labels, start_positions, end_positions), problem_type=self.problem_type,
                        num_items=num_items_in_batch, choice_counts=choice_counts, max_choices=max_choices,
                        mix_loss=isinstance(self.head, ClozeHead) and self.head.mix_loss)
         return as_output(self.task, scored, return_dict)
 
-    def _head_scores(self, x: Tensor) -> Tensor:
+    def _head_scores(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         """The head's scores of tokens [T, H] or first tokens [B, H]."""
-        return self.head(self.encoder.pool(x) if self.task not in OF_TOKENS and self.pooler_kind == "frozen" else x)
+        pooled = self.encoder.pool(x) if self.task not in OF_TOKENS and self.pooler_kind == "frozen" else x
+        return self.head(pooled, seed, self.encoder.num_sites())
 
     def score_hidden(self, x_TH: Tensor, batch: PackedBatch, targets: Targets, **choices: Any) -> Scored:
         """Logits and loss of hidden states that are computed already, of all tokens. choices: outputs.score's."""
-        x = x_TH if self.task in OF_TOKENS else x_TH[batch.cu_seqlens[:-1].long()]
+        x = x_TH if self.task in OF_TOKENS else x_TH[batch.rows_at(0)]
         return score(self.task, self._head_scores(x), batch, targets, problem_type=self.problem_type, **choices)
 
     def _cloze_scores(self, head: ClozeHead, batch: PackedBatch, target_ids: Tensor | None, candidate_ids: Tensor | None,

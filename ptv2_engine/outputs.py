@@ -51,11 +51,12 @@ def score(task: str, scores: Tensor, batch: PackedBatch, targets: Targets, *, pr
         loss = None if labels is None else classification_loss(scores, labels, problem_type, num_items)
         return Scored(loss, (unpack(scores, batch),))
     if task == "multiple-choice":
-        scores = of_choices(scores, choice_counts, max_choices)
+        scores = of_choices(scores, choice_counts, max_choices, batch.spare_tokens)
     # One candidate a row is a choice too, and no regression
     if task in ("cloze", "multiple-choice"):
         problem_type = "single_label_classification"
-    loss = None if labels is None else classification_loss(scores, labels, problem_type, num_items)
+    counted = batch.lengths() > 0 if batch.spare_tokens and task == "sequence-classification" else None
+    loss = None if labels is None else classification_loss(scores, labels, problem_type, num_items, counted)
     if mix_loss and labels is not None and loss is not None:
         known = labels != IGNORE
         right = torch.where(known, scores.gather(1, labels.clamp(min=0)[:, None].long())[:, 0], 0.0)
@@ -124,22 +125,25 @@ def _check_real(positions: Tensor, batch: PackedBatch, name: str) -> None:
                          "make positions and features with the same tokenizer call.")
 
 
-def of_choices(scores_N1: Tensor, counts_B: Tensor | None, most: int | None = None) -> Tensor:
+def of_choices(scores_N1: Tensor, counts_B: Tensor | None, most: int | None = None, spare: bool = False) -> Tensor:
     """[B, most]: the choices of each example side by side; examples with fewer hold -10000 behind them.
 
-    counts_B: int64 [B] with sum N; None: all N are one example's. most: the largest count; None: read from counts_B.
+    counts_B: int64 [B] with sum N; None: all N are one example's. most: the largest count; None: read from counts_B. spare: their
+    sum may be less, and the scores behind it are no example's.
     Raises InputError.
     """
     N = scores_N1.shape[0]
     if counts_B is None:
         return scores_N1.view(1, N)
-    if readable(counts_B) and int(counts_B.sum()) != N:
+    if readable(counts_B) and (int(counts_B.sum()) > N or int(counts_B.sum()) < N and not spare):
         raise InputError(f"choice_counts add up to {int(counts_B.sum())}, but the batch has {N} sequences; pass how many each "
                          "example has.")
     B = counts_B.shape[0]
     if most is None:
         most = int(counts_B.max()) if B else 0
     counts_B = counts_B.to(scores_N1.device).long()
-    owner_N = torch.repeat_interleave(torch.arange(B, device=scores_N1.device), counts_B, output_size=N)
-    column_N = torch.arange(N, device=scores_N1.device) - (counts_B.cumsum(0) - counts_B)[owner_N]
-    return scores_N1.new_full((B * most,), ABSENT).index_copy(0, owner_N * most + column_N, scores_N1[:, 0]).view(B, most)
+    ends_B, places_N = counts_B.cumsum(0), torch.arange(N, device=scores_N1.device)
+    owner_N = torch.searchsorted(ends_B, places_N, right=True)             # B behind the last
+    column_N = places_N - F.pad(ends_B, (1, 0))[owner_N]
+    cells_N = torch.where(owner_N < B, owner_N * most + column_N, B * most)
+    return scores_N1.new_full((B * most + 1,), ABSENT).index_copy(0, cells_N, scores_N1[:, 0])[:-1].view(B, most)

@@ -27,7 +27,8 @@ class PackedBatch:
     the padded [B * S] grid, with its shape (B, S). num_positions: int, no position_ids_T reaches it; more than max_seqlen
     where masked cells stand before tokens.
     spare_tokens: whether rows of no sequence may stand behind the last one, which fill a batch up to a size that a CUDA graph was
-    captured for. They are computed and belong to nothing: no sequence reads them, their cell is B * S.
+    captured for. They are computed and belong to nothing: no sequence reads them, their cell is B * S. Sequences without tokens
+    at the end are spare then too, and take no part in a loss.
 
     GLM: block_ids_T int64 [T] or None, the second position; causal_from int64 [B] or None, where part B starts;
     first_key_T int64 [T] or None, the first token of part B that a token there sees (see ops.key_ranges).
@@ -65,6 +66,16 @@ class PackedBatch:
             return _owners(self.cu_seqlens, self.num_tokens).clamp(max=self.num_sequences - 1)
         return torch.repeat_interleave(torch.arange(self.num_sequences, device=self.cu_seqlens.device), self.lengths(),
                                        output_size=self.num_tokens)
+
+    def rows_at(self, indices_B: Tensor | int) -> Tensor:
+        """int64 [B]: the row of one token of each sequence, by its index there; of a spare sequence some row that exists."""
+        return (self.cu_seqlens[:-1].long() + indices_B).clamp(max=self.num_tokens - 1)
+
+    def first_without(self, indices_B: Tensor) -> int | None:
+        """The first sequence, spare ones apart, that has no token of its index. For tensors on the host."""
+        lengths = self.lengths()
+        missing = (indices_B < 0) | (indices_B >= lengths) & ((lengths > 0) | (not self.spare_tokens))
+        return int(missing.nonzero()[0]) if bool(missing.any()) else None
 
     def with_prompt_ids(self, prompt_ids: Tensor | None) -> PackedBatch:
         return replace(self, prompt_ids=prompt_ids)

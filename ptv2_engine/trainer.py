@@ -134,14 +134,13 @@ class Trainer(GraphedTrainer):
             raise ConfigError(f"per_device_train_batch_size {args.per_device_train_batch_size} is below 1; use 1 or more.")
         if auto_batch:
             self.micro_batches = choose_micro_batch(model, args, examples)
-        elif check:
-            sampler, worst = self._sampler(lengths, args, args.per_device_train_batch_size), list[int]()
-            epochs = min(3, math.ceil(args.num_train_epochs)) if len(lengths) < 50_000 else 1     # their orders differ a little
-            for epoch in range(max(epochs, 1)):
-                sampler.set_epoch(epoch)
-                worst = max([worst, *([n for i in batch for n in examples[i]] for batch in sampler)], key=sum)
-            if worst:
-                check_fits(model, worst, examples, args)
+        sampler, worst = self._sampler(lengths, args, args.per_device_train_batch_size), list[int]()
+        epochs = min(3, math.ceil(args.num_train_epochs)) if len(lengths) < 50_000 else 1     # their orders differ a little
+        for epoch in range(max(epochs, 1)):
+            sampler.set_epoch(epoch)
+            worst = max([worst, *([n for i in batch for n in examples[i]] for batch in sampler)], key=sum)
+        if worst:
+            self.budget = check_fits(model, worst, examples, args)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """transformers' step; where memory runs out, the same step in smaller pieces, and nothing of the failed one is kept."""

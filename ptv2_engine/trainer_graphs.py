@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from ptv2_engine.graphed import GraphedAdamW, StepGraphs, unsupported
 from ptv2_engine.throughput import num_tokens
-from ptv2_engine.trainer_memory import is_out_of_memory
+from ptv2_engine.trainer_memory import Budget, is_out_of_memory
 
 _log = logging.getLogger("ptv2_engine")
 
@@ -22,6 +22,7 @@ class GraphedTrainer(transformers.Trainer):
 
     packs: bool                                    # whether batches are PackedCollator's
     tokens_seen: int
+    budget: Budget | None = None                   # what the largest batch was planned with
     graphs: StepGraphs | None = None               # made at the first step
     graphs_refused: str | None = "not settled"     # why there are none, or None
 
@@ -46,7 +47,9 @@ class GraphedTrainer(transformers.Trainer):
             return "batches come from a collator or a stream of your own"
         if args.label_smoothing_factor or self.compute_loss_func is not None:
             return "the loss is computed outside of the model"
-        return unsupported(self.model, args.device)
+        if (reason := unsupported(self.model, args.device)) is not None or self.budget is None:
+            return reason
+        return self.budget.graphs_do_not_fit()
 
     def graphed_optimizer(self, cls: Any) -> Any:
         return GraphedAdamW if cls is torch.optim.AdamW and self.graphs_refused is None else cls
@@ -77,7 +80,7 @@ class GraphedTrainer(transformers.Trainer):
         if self.graphs is None:
             optimizer: Any = self.optimizer
             self.graphs = StepGraphs(self.accelerator.unwrap_model(model), getattr(optimizer, "optimizer", optimizer),
-                                     self.args.max_grad_norm)
+                                     self.args.max_grad_norm, examples=self.args.train_batch_size)
         model.train()
         try:
             loss = self.graphs.add_gradients(inputs, num_items=num_items,

@@ -107,6 +107,14 @@ class Budget:
                 return count
         return 0
 
+    def graphs_do_not_fit(self) -> str | None:
+        """Why steps that fit cannot be held as CUDA graphs too, or None."""
+        plan = self.plan(replace(self.setup, cuda_graphs=True))
+        if plan is None or plan.peak <= self.limit:
+            return None
+        return (f"with their memory pool a step takes {size(plan.peak)} by plan, but {size(self.limit)} are free for it on "
+                f"{self.device}")
+
     def refusal(self, what: str, pieces: int = 0) -> str:
         """The sentence that says what would fit. pieces: sequences of --auto_batch's micro-batches, 0: it does not help."""
         ways = [options_of(changed, self.setup) for changed, other in ways_out(self.setup, self.planner)
@@ -116,11 +124,12 @@ class Budget:
         return f"{what}, but {size(self.limit)} are free for it on {self.device}; use {', or '.join(ways)}."
 
 
-def check_fits(model: PromptedModel, worst: Sequence[int], examples: Sequence[Sequence[int]], args: TrainingArguments) -> None:
+def check_fits(model: PromptedModel, worst: Sequence[int], examples: Sequence[Sequence[int]],
+               args: TrainingArguments) -> Budget | None:
     """Raises OutOfMemory, saying what would fit, when the largest batch of a run does not fit where it trains. worst: tokens of
-    that batch's sequences; examples: of every example's."""
+    that batch's sequences; examples: of every example's. Returns what was planned with; None where nothing is planned."""
     if not is_planned(model):
-        return
+        return None
     setup = setup_of(model, worst, args.device, args.gradient_accumulation_steps > 1)
     budget = Budget(setup, available(args.device, model), args.device)
     plan = budget.plan(setup)
@@ -128,6 +137,7 @@ def check_fits(model: PromptedModel, worst: Sequence[int], examples: Sequence[Se
         pieces = budget.largest_piece(args.per_device_train_batch_size, examples)
         what = f"a step of {len(worst)} sequences ({sum(worst):,} tokens) takes {size(plan.peak)} by plan"
         raise OutOfMemory(budget.refusal(what, pieces))
+    return budget
 
 
 def check_model_fits(setup: Setup, device: torch.device) -> None:

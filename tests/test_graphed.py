@@ -1,10 +1,11 @@
-"""Steps as graphs, without a GPU: what is captured is run again instead of replayed, and a capture's rules are checked on fake
+"""Steps as graphs, without a GPU: what is captured is a tape of operators (tape.py), and a capture's rules are checked on fake
 tensors. tests/gpu/test_graphs_on_gpu.py has the real thing."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,110 +14,32 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ptv2_engine import PromptConfig, PromptedModel, Trainer, graphed, trainer_graphs
-from ptv2_engine.batches import PackedCollator
+from ptv2_engine import PromptConfig, Trainer, graphed, trainer_graphs, trainer_memory
 from ptv2_engine.encoder import deberta
-from ptv2_engine.graph_inputs import bucket_of, bucket_of_longest, bucket_of_tokens, fill_up
+from ptv2_engine.graph_inputs import bucket_of
 from ptv2_engine.graphed import GraphedAdamW, StepGraphs
 from ptv2_engine.memory import Setup
 from ptv2_engine.memory.planner import Workload, warm_up
 from ptv2_engine.ops import planned_for
 from ptv2_engine.optim import parameter_groups
-from ptv2_engine.testing import tiny_config, tiny_model
-from tests.encoder.plain_glm import PlainGLM
-from tests.test_cloze import CONTEXTS, example
-
-LENGTHS = [[9, 3, 17, 12], [8, 4, 16, 13], [21, 2, 5, 30], [10, 3, 17, 11], [22, 2, 5, 29], [7, 30, 1, 3]]
+from ptv2_engine.testing import tiny_config
+from tests.tape import Tapes
+from tests.test_graph_inputs import LENGTHS, batch_of, filled, model_of
 
 
-class Again:
-    """Captures by remembering the function: a replay runs it once more and writes where the first result lies."""
-
-    def __init__(self, *_):
-        self.captured = 0
-
-    def capture(self, function):
-        self.captured += 1
-        result = torch.zeros(())
-
-        def replay():
-            if (made := function()) is not None:
-                result.copy_(made)
-
-        return replay, result
-
-
-def batch_of(lengths, task="sequence-classification", seed=0, glm=False):
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for i, n in enumerate(lengths):
-        ids = torch.randint(5, 119, (n,), generator=generator).tolist()
-        row = {"input_ids": ids, "token_type_ids": [j % 2 for j in range(n)]}
-        if task == "token-classification":
-            row["labels"] = [-100] + [t % 2 for t in ids[1:]]
-        elif task == "question-answering":
-            row |= {"start_positions": [0, n - 1, 64][i % 3], "end_positions": [0, n - 1, 64][i % 3]}
-        elif task == "multiple-choice":
-            row |= {"input_ids": [ids, ids[: n // 2 + 1]], "token_type_ids": [[0] * n, [1] * (n // 2 + 1)], "labels": i % 2}
-        else:
-            row["labels"] = i % 2
-        rows.append(row)
-    return PackedCollator()(rows)
-
-
-def model_of(family="bert", task="sequence-classification", dropout=True, **prompt):
-    torch.manual_seed(1)
-    labels = {"num_labels": 2} if task in ("sequence-classification", "token-classification") else {}
-    model = PromptedModel.from_pretrained(tiny_model(family), task=task, prompt=PromptConfig(4, **prompt), **labels).train()
-    if not dropout:
-        model.set_hidden_dropout(0.0)
-        model.encoder.attention_dropout = 0.0
-    return model
-
-
-def test_buckets_waste_less_than_an_eighth():
-    buckets = {bucket_of_tokens(n): n for n in range(1, 70_000)}
-    assert all(bucket >= n for bucket, n in buckets.items())
-    assert all(n <= bucket_of_tokens(n) < 1.125 * n for n in range(128, 70_000))
-    assert sum(16_384 < bucket <= 32_768 for bucket in buckets) == 8             # few graphs
-    assert [bucket_of_longest(n, 500) for n in (1, 16, 17, 300, 500)] == [16, 16, 32, 500, 500]
-
-
-@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "deberta", "deberta-v2", "modernbert"])
-@pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "question-answering", "multiple-choice"])
-def test_spare_tokens_change_nothing(family, task):
-    model, batch = model_of(family, task), batch_of(LENGTHS[2], task)
-    results = []
-    for inputs in (batch, fill_up(batch, model.max_length(), task == "token-classification")):
-        model.zero_grad()
-        torch.manual_seed(5)                                   # of the head's dropout
-        loss = model(**inputs, seed=torch.tensor([7])).loss
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
-    assert inputs["input_ids"].shape[0] > batch["input_ids"].shape[0] and inputs["max_seqlen"] > batch["max_seqlen"]
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(other, one, rtol=2e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize("prompt", [{"method": "shallow"}, {"reparameterization": "mlp"}, {"prompt_layers": 1}])
-def test_spare_tokens_and_every_kind_of_prompt(prompt):
-    model, batch = model_of(dropout=False, **prompt), batch_of(LENGTHS[2])
-    both = [model(**inputs).loss for inputs in (batch, fill_up(batch, model.max_length(), False))]
-    torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)
-
-
-def test_spare_tokens_behind_part_b():
-    """GLM's cloze by verbalizers: two positions a token, and a causal part that spare rows must not widen."""
-    model = PromptedModel.from_pretrained(PlainGLM(), task="cloze", prompt=PromptConfig(5), verbalizer_ids=[101, 3, 55]).train()
-    batch = PackedCollator()([example(*context, label=i) for i, context in enumerate(CONTEXTS)])
-    results = []
-    for inputs in (batch, fill_up(batch, model.max_length(), False)):
-        model.zero_grad()
-        loss = model(**inputs, seed=torch.tensor([7])).loss
-        loss.backward()
-        results.append((loss.detach(), model.prompt.bank.grad))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(other, one, rtol=2e-5, atol=2e-6)
+def test_a_tape_freezes_what_a_graph_freezes():
+    x, factor, kept = torch.ones(3), [2.0], {}
+    replay, product = Tapes().capture(lambda: x.add_(1) * factor[0] + kept.setdefault("table", torch.full((3,), 10.0)))
+    assert torch.equal(x, torch.ones(3))                       # nothing has run
+    factor[0] = 3.0
+    for times in (1, 2):
+        replay()
+        assert torch.equal(x, torch.full((3,), 1.0 + times)) and torch.equal(product, 2 * x + 10)
+    other, out = Tapes().capture(lambda: kept["table"] * 1)    # made inside of the first: another may use its memory
+    replay()
+    kept["table"].fill_(torch.nan)
+    other()
+    assert out.isnan().all()
 
 
 def plain_steps(model, optimizer, batches, accumulate, max_norm):
@@ -136,14 +59,14 @@ def plain_steps(model, optimizer, batches, accumulate, max_norm):
 def graphed_steps(graphs, batches, accumulate, rates=()):
     losses = []
     for i, batch in enumerate(batches):
-        losses.append(float(graphs.add_gradients(batch, divisor=accumulate)))
+        losses.append(graphs.add_gradients(batch, divisor=accumulate))       # looked at later, when others have been made
         if (i + 1) % accumulate == 0:
             graphs.clip()
             if rates:
                 graphs.optimizer.param_groups[0]["lr"] = rates[i % len(rates)]
             graphs.optimizer.step()
             graphs.model.zero_grad()                           # as transformers' loop does: .grad is None then
-    return losses
+    return [float(loss) for loss in losses]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -157,9 +80,9 @@ def test_replayed_steps_train_as_a_plain_loop_does(accumulate):
         torch.manual_seed(2)
         if graphed_run:
             optimizer = GraphedAdamW(groups, lr=1e-2, fused=True)
-            graphs = StepGraphs(model, optimizer, 0.1, graphs=Again())
+            graphs = StepGraphs(model, optimizer, 0.1, graphs=Tapes())
             losses = graphed_steps(graphs, batches, accumulate)
-            held = [step for step in graphs.buckets.values() if step.captured]
+            held = [step for step in graphs.buckets.values() if step.part.captured]
             assert len(held) == len(graphs.buckets) >= 2 and graphs.graphs.captured == len(held) + 2
             assert optimizer.param_groups[0]["lr"] == 1e-2 and not optimizer.param_groups[0]["capturable"]
         else:
@@ -172,7 +95,7 @@ def test_replayed_steps_train_as_a_plain_loop_does(accumulate):
 
 def test_a_changed_rate_and_a_changed_dropout_reach_the_replay():
     model = model_of()
-    graphs = StepGraphs(model, GraphedAdamW(parameter_groups(model), lr=1e-2, fused=True), 1.0, graphs=Again())
+    graphs = StepGraphs(model, GraphedAdamW(parameter_groups(model), lr=1e-2, fused=True), 1.0, graphs=Tapes())
     batch = batch_of(LENGTHS[0])
     graphed_steps(graphs, [batch] * 3, 1)
     before = {k: v.clone() for k, v in model.trained_parameters().items()}
@@ -186,7 +109,7 @@ def test_a_changed_rate_and_a_changed_dropout_reach_the_replay():
 
 def test_gradients_are_those_of_the_batches_since_zero_grad():
     model = model_of(dropout=False)
-    graphs = StepGraphs(model, GraphedAdamW(parameter_groups(model), lr=1e-2, fused=True), 1.0, graphs=Again())
+    graphs = StepGraphs(model, GraphedAdamW(parameter_groups(model), lr=1e-2, fused=True), 1.0, graphs=Tapes())
     batches = [batch_of(lengths, seed=i) for i, lengths in enumerate(LENGTHS)]
     for batch in (*batches, *batches):                         # the second time from replays
         model.zero_grad()                                      # and no step behind it
@@ -206,7 +129,7 @@ def rows_for_trainer(count=42):
             for i, n in enumerate(lengths)]
 
 
-def trained(folder, monkeypatch, graphs, steps=12, resume=None, graphs_class=Again, **changes):
+def trained(folder, monkeypatch, graphs, steps=12, resume=None, graphs_class=Tapes, **changes):
     with monkeypatch.context() as patch:
         if graphs:
             patch.setattr(trainer_graphs, "unsupported", lambda *_: None)
@@ -225,6 +148,16 @@ def logged(trainer, key="loss"):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+def test_an_epochs_last_batch_shares_its_graphs(tmp_path, monkeypatch):
+    """42 examples in eights: the sixth batch has two."""
+    made = []
+    monkeypatch.setattr(graphed._Gradients, "__init__", functools.partialmethod(
+        lambda self, owner, bucket, start: (start(self, owner, bucket), made.append(dict(b[:2] for b in bucket.tensors)))[0],
+        start=graphed._Gradients.__init__))
+    trained(tmp_path, monkeypatch, True)
+    assert len(made) > 1 and {bucket["seq_lengths"] for bucket in made} == {(8,)}
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_trainer_is_the_same_with_and_without(tmp_path, monkeypatch, accumulate):
     runs = [trained(tmp_path / str(on), monkeypatch, on, gradient_accumulation_steps=accumulate) for on in (False, True)]
@@ -240,7 +173,7 @@ def test_a_checkpoint_goes_on_with_graphs_or_without(tmp_path, monkeypatch):
         assert logged(again)[-6:] == pytest.approx(logged(whole)[-6:], rel=1e-4 if on else 1e-3)
 
 
-class Fails(Again):
+class Fails(Tapes):
     def capture(self, function):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
@@ -253,6 +186,19 @@ def test_what_cannot_be_captured_trains_on_without_and_says_so_once(tmp_path, mo
     said = [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()]
     assert said == ["steps run without CUDA graphs from here on: a step cannot be captured (CUDA error: operation not permitted "
                     "when stream is capturing)"]
+
+
+def test_graphs_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
+    """Where the step alone fits by plan, and both do."""
+    monkeypatch.setattr(trainer_graphs, "unsupported", lambda *_: None)
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    budget = Trainer(model_of(), args, train_dataset=rows_for_trainer()).budget
+    alone, both = (budget.plan(replace(budget.setup, cuda_graphs=on)).peak for on in (False, True))
+    for limit, refused in ((both, None), (both - 1, "memory pool a step takes .* by plan, but .* are free"), (alone, "pool")):
+        monkeypatch.setattr(trainer_memory, "available", lambda *_, limit=limit: limit)
+        found = Trainer(model_of(), args, train_dataset=rows_for_trainer()).graphs_refused
+        assert found is None if refused is None else re.search(refused, found)
+    assert Trainer(model_of(), args, train_dataset=rows_for_trainer(), plan_memory=False).graphs_refused is None
 
 
 @pytest.mark.parametrize("changes, reason", [({"optim": "sgd"}, "sgd"), ({"label_smoothing_factor": 0.1}, "loss"), ({}, "cpu")])
@@ -294,9 +240,9 @@ def test_nothing_in_a_step_reads_back(setup, prompt, monkeypatch):
     with FakeTensorMode(), planned_for("cuda"):
         workload = Workload(replace(setup, prompt=prompt), torch.device("cpu"))
         warm_up(workload, packs=False)
-        graphs = StepGraphs(workload.model, workload.optimizer, 1.0, graphs=Again())
-        inputs = {k: v for k, v in workload.batch().items()} | {"seed": torch.zeros(1, dtype=torch.long), "spare_tokens": True,
-                                                                 "divisor": 2, "num_items_in_batch": torch.ones(())}
+        graphs = StepGraphs(workload.model, workload.optimizer, 1.0, graphs=Fails())
+        inputs = filled(workload.batch(), workload.model) | {"seed": torch.zeros(1, dtype=torch.long), "divisor": 2,
+                                                             "num_items_in_batch": torch.ones(())}
         bucket = bucket_of(inputs)
         step = graphed._Gradients(graphs, bucket)
         step.compute()                                         # makes tables that are kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ptv2_engine.errors import ConfigError, SequenceTooLong
 from ptv2_engine.memory import Setup, card_bytes, largest_batch, measure, plan, ways_out
 from ptv2_engine.memory.peers import PEERS, plan_peer
 from ptv2_engine.memory.report import markdown
-from ptv2_engine.memory.tracker import SAVED, WEIGHTS, MemoryTracker
+from ptv2_engine.memory.tracker import BATCH, GRADIENTS, GRAPHS, OPTIMIZER, PROMPTS, SAVED, WEIGHTS, MemoryTracker
 from ptv2_engine.ops import _dispatch
 from ptv2_engine.testing import tiny_config
 
@@ -97,6 +98,18 @@ def test_the_parts_add_up_and_triton_is_not_launched():
     below = plan(setup_of(device="cuda", prompt=PromptConfig(8, prompt_layers=1))).saved_by_layer
     assert below[0] == below[1] == 0 and below[3] >= 0
     assert "P-Tuning v2, exact, bfloat16" in markdown([on_gpu])
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "multiple-choice", "question-answering"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_graphs_hold_a_steps_comings_and_goings_once_more(task, device):
+    """On sizes that are a bucket's already, and on those that are filled up to the same."""
+    whole, ragged = (setup_of(lengths=lengths, task=task, device=device) for lengths in ((64, 32), (61, 30)))
+    eager, graphed = plan(replace(whole, accumulates=True)), plan(replace(whole, cuda_graphs=True))
+    stays = sum(eager.parts[part] for part in (WEIGHTS, PROMPTS, GRADIENTS, OPTIMIZER, BATCH))
+    assert graphed.parts[GRAPHS] == pytest.approx(eager.peak - stays, abs=16 << 10)        # spare rows need some indices more
+    assert graphed.peak - graphed.parts[GRAPHS] == pytest.approx(eager.peak, abs=16 << 10)
+    assert plan(replace(ragged, cuda_graphs=True)).parts[GRAPHS] == graphed.parts[GRAPHS] > plan(ragged).parts[SAVED]
 
 
 def test_plans_leave_nothing_behind():
@@ -201,6 +214,7 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path, capsys):
     found = json.loads((tmp_path / "out" / "memory.json").read_text())
     assert [p["title"] for p in found["plans"]][:3] == [f"P-Tuning v2, {m}, bfloat16" for m in ("exact", "lean", "minimal")]
     assert found["fit"]["largest_batch"] > 4 and found["plans"][0]["peak"] == sum(found["plans"][0]["parts"].values())
+    assert found["cuda_graphs"] > found["plans"][0]["peak"] and "as CUDA graphs" in out
     assert (tmp_path / "out" / "memory.png").read_bytes()[:4] == b"\x89PNG"
 
 

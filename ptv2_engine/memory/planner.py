@@ -16,15 +16,19 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ptv2_engine.encoder.weights import random_encoder
 from ptv2_engine.errors import ConfigError
+from ptv2_engine.graph_inputs import fill_up
 from ptv2_engine.masked_lm import CLOZE_FAMILIES, empty_masked_lm
 from ptv2_engine.memory.setup import DTYPES, Setup, title_of
 from ptv2_engine.memory.tracker import (
     BATCH,
     GRADIENTS,
+    GRAPHS,
     HOST,
     OPTIMIZER,
     PROMPTS,
+    SAVED,
     WEIGHTS,
+    WORKSPACE,
     MemoryTracker,
     Peak,
     mark_gradients,
@@ -105,11 +109,13 @@ class Workload:
         elif self.setup.task == "cloze":
             made["causal_from"] = torch.full((B,), max(min(lengths) - 1, 0), **where)
             made["position_ids"] = torch.zeros(2, T, **where)
+        if self.setup.cuda_graphs:
+            made = fill_up(made, self.model.max_length(), self.setup.task == "token-classification")
         return made
 
     def step(self, batch: dict[str, Any], after_forward: Callable[[], None] = lambda: None) -> None:
         """Forward, backward, clipping, AdamW: one step as the Trainer makes it."""
-        if self.setup.accumulates:
+        if self.setup.accumulates or self.setup.cuda_graphs:       # gradients that stay where they are
             for p in self.parameters:
                 p.grad = torch.zeros_like(p)
             if self.tracker is not None:
@@ -202,15 +208,22 @@ class Planner:
         if setup.device == "cpu" and host:                # the device's memory is the host's
             parts[HOST], host = host, 0
         if setup.device == "cuda":
-            parts["workspaces"] = parts.get("workspaces", 0) + CUBLAS_WORKSPACE
+            parts[WORKSPACE] = parts.get(WORKSPACE, 0) + CUBLAS_WORKSPACE
+        if setup.cuda_graphs:
+            parts[GRAPHS] = self._pool(workload, parts)
         config, tokens = workload.model.encoder.config, sum(setup.sequences())
         saved = [tracker.after_forward.get(str(i), 0) for i in range(config.num_layers)]
         return Plan(title_of(setup), parts, saved, host, tokens, saved[config.num_layers // 2] / tokens / config.hidden_size,
                     CUDA_CONTEXT if setup.device == "cuda" else 0)
 
+    def _pool(self, workload: Workload, parts: dict[str, int]) -> int:
+        """What graphs hold: all that comes and goes in the largest step, and that a step without a graph takes once more."""
+        stays = sum(-(-p.numel() * p.element_size() // 512) * 512 for p in workload.parameters)       # gradients
+        return sum(parts.get(part, 0) for part in (SAVED, WORKSPACE, GRADIENTS)) - stays
+
     def _workload(self, setup: Setup) -> Workload:
         """A workload of this model that has made one step."""
-        key = replace(setup, memory="exact", batch_size=1, seq_len=1, lengths=None, accumulates=False)
+        key = replace(setup, memory="exact", batch_size=1, seq_len=1, lengths=None, accumulates=False, cuda_graphs=False)
         found = next((workload for known, workload in self.workloads if known == key), None)
         if found is None:
             found = Workload(key, torch.device("cpu"))

@@ -28,7 +28,7 @@ class Setup:
     model: hub id, folder, published GLM name, or a config dictionary. task, num_labels: of the head. seq_len: real tokens of each
     of batch_size sequences; lengths: of sequences that differ, in place of both. memory, frozen_dtype, stream_weights, pooler,
     shift_positions: PromptedModel.from_pretrained's. accumulates: gradients of earlier micro-batches are there already. device:
-    "cuda" or "cpu", whether this machine has one or not.
+    "cuda" or "cpu", whether this machine has one or not. cuda_graphs: the graphs of such steps are held too (graphed.py).
     """
 
     model: str | Path | Mapping[str, Any]
@@ -46,6 +46,7 @@ class Setup:
     pooler: str = "auto"
     shift_positions: bool = True
     accumulates: bool = False
+    cuda_graphs: bool = False
 
     def config(self) -> dict[str, Any]:
         """The model's config dictionary."""

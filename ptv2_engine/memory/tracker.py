@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-WEIGHTS, PROMPTS, GRADIENTS, OPTIMIZER, SAVED, WORKSPACE, BATCH, HOST = (
+WEIGHTS, PROMPTS, GRADIENTS, OPTIMIZER, SAVED, WORKSPACE, BATCH, HOST, GRAPHS = (
     "frozen weights", "prompts and head", "gradients", "optimizer state", "saved activations", "workspaces", "batch",
-    "host memory")
+    "host memory", "CUDA graphs")
 _RANDOM = {"aten::normal_", "aten::uniform_", "aten::random_"}       # a fake tensor has no values to draw
 
 
