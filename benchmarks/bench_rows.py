@@ -1,4 +1,4 @@
-"""The row ops beside their limits: add_norm, the elementwise half of linear_gelu, embedding, and frozen_linear.
+"""The row ops beside their limits: add_norm, embedding, dropout and rotary.
 
 Weights are frozen, as for the peers: stock PyTorch, the same under torch.compile (GPU), and Liger's layer norm where installed.
 Bytes are the least that must move, each tensor once: add_norm forward reads x and the residual and writes y and x_hat, backward
@@ -9,32 +9,14 @@ where a point lies in the roofline.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.contest import InputSet, contest
-from benchmarks.shapes import DIRECTIONS, SHAPES, TOKENS, full, on_cpu_and_gpu, short
+from benchmarks.contest import SETS, InputSet, contest, on
+from benchmarks.shapes import DIRECTIONS, GRID, SHAPES, TOKENS, full, on_cpu_and_gpu, short
 from ptv2_engine import ops
-
-GRID = [("BERT-base", "cpu gpu"), ("BERT-large", "gpu"), ("GLM-10B", "gpu"), *((model, "full") for model in SHAPES)]
-Function = Callable[..., torch.Tensor]
-Builder = Callable[[int], InputSet]
-SETS = 8
-
-
-def on(inputs: int, device: str, dtype: torch.dtype, width: int, out_width: int) -> Callable[[Function], Builder]:
-    """on(..)(function): a contestant that calls the function with so many inputs [T, width], for an output [T, out_width]."""
-    def contestant(function: Function) -> Builder:
-        def build(seed: int) -> InputSet:
-            generator = torch.Generator(device).manual_seed(seed)
-            draw = lambda columns: torch.randn(TOKENS[device], columns, device=device, generator=generator).to(dtype)
-            leaves, dout = [draw(width).requires_grad_() for _ in range(inputs)], draw(out_width)
-            return InputSet(lambda: function(*leaves), leaves, dout)
-        return build
-    return contestant
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -64,29 +46,6 @@ def test_add_norm(compare, model, device, dtype, dropout, direction):
             backend=ops.backend_for("add_norm", device, dtype).backend)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
-def test_linear_gelu(compare, model, device, dtype, direction):
-    """With its product, in which the elementwise part is to vanish: the limit is that of the product."""
-    (H, _, ffn), T = SHAPES[model], TOKENS[device]
-    linear = ops.FrozenLinear(torch.randn(ffn, H, device=device).to(dtype) / H**0.5, torch.randn(ffn, device=device).to(dtype))
-    weight, bias = linear.weight.detach(), linear.bias.detach()
-    stock = lambda x: F.gelu(F.linear(x, weight, bias))
-    made = on(1, device, dtype, H, ffn)
-    contestants = {"ptv2": made(lambda x: ops.linear_gelu(x, linear)), "torch": made(stock),
-                   "bare product": made(lambda x: F.linear(x, weight, bias))}
-    if device == "cuda":
-        contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True))
-    elif dtype == torch.bfloat16:                          # minutes, where oneDNN has none; bench_frozen_linear.py has it
-        contestants = {"ptv2": contestants["ptv2"]}
-    products = {"forward": 1, "backward": 1, "both": 2}[direction]
-    contest(compare, f"linear_gelu {direction}  {model} T={T} {short(dtype)}", contestants, direction, device,
-            T * (H + ffn) * dtype.itemsize, unchecked=("bare product",), most=SETS, op="linear_gelu", model=model,
-            dtype=short(dtype), tokens=T, flops=2 * products * T * H * ffn,
-            bytes=products * (T * (H + ffn) + H * ffn) * dtype.itemsize,
-            backend=ops.backend_for("linear_gelu", device, dtype).backend)
-
-
 @pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
 def test_embedding(compare, model, device, dtype):
     H, T = SHAPES[model][0], TOKENS[device]
@@ -113,18 +72,42 @@ def test_embedding(compare, model, device, dtype):
             flops=8 * T * H, bytes=2 * T * H * dtype.itemsize, backend=ops.backend_for("embedding", device, dtype).backend)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("model", ["BERT-base", "BERT-large", pytest.param("GLM-10B", marks=full)])
-def test_frozen_linear(compare, model, direction):
-    """The q, k, v product. On the CPU: bench_frozen_linear.py."""
-    (H, _, _), T, dtype = SHAPES[model], TOKENS["cuda"], torch.bfloat16
-    linear = ops.FrozenLinear(torch.randn(3 * H, H, device="cuda").to(dtype), torch.randn(3 * H, device="cuda").to(dtype))
-    weight, bias = linear.weight.detach(), linear.bias.detach()
-    made = on(1, "cuda", dtype, H, 3 * H)
-    contestants = {"ptv2": made(lambda x: ops.frozen_linear(x, linear)), "torch": made(lambda x: F.linear(x, weight, bias))}
-    products = 2 if direction == "both" else 1
-    contest(compare, f"frozen_linear {direction}  {model} T={T} bf16", contestants, direction, "cuda", 4 * T * H * dtype.itemsize,
-            most=SETS, op="frozen_linear", model=model, dtype="bf16", tokens=T,
-            flops=2 * products * T * 3 * H * H, bytes=products * (4 * T * H + 3 * H * H) * dtype.itemsize,
-            backend=ops.backend_for("frozen_linear", "cuda", dtype).backend)
+@pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
+def test_dropout(compare, model, device, dtype, direction):
+    """Backward is the same kernel on the gradient; torch's writes its mask and reads it again."""
+    H, T = SHAPES[model][0], TOKENS[device]
+    seed, made = torch.tensor([1], device=device), on(1, device, dtype, H, H)
+    contestants = {"ptv2": made(lambda x: ops.dropout(x, 0.1, seed)), "torch": made(lambda x: F.dropout(x, 0.1))}
+    passes = 4 if direction == "both" else 2
+    contest(compare, f"dropout {direction}  {model} T={T} {short(dtype)}", contestants, direction, device,
+            2 * T * H * dtype.itemsize, unchecked=contestants, most=SETS, op="dropout", model=model, dtype=short(dtype), tokens=T,
+            flops=8 * T * H, bytes=passes * T * H * dtype.itemsize, backend=ops.backend_for("dropout", device, dtype).backend)
+
+
+@pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
+def test_rotary(compare, model, device, dtype):
+    """Forward, in place; backward is the same kernel with the angles turned round."""
+    (H, N, _), T = SHAPES[model], TOKENS[device]
+    positions = torch.arange(T, device=device) % 128
+    table = ops.cos_sin_table(128, H // N, 10_000.0, device)
+    cos, sin = (torch.cat((x, x), 1)[:, None, None].to(dtype) for x in table[positions].chunk(2, 1))
+
+    def stock(qkv):                                            # transformers' apply_rotary_pos_emb
+        qk = qkv.view(T, 3, N, H // N)[:, :2]
+        a, b = qk.chunk(2, -1)
+        return qk * cos + torch.cat((-b, a), -1) * sin
+
+    def made(function):
+        def build(seed: int) -> InputSet:
+            generator = torch.Generator(device).manual_seed(seed)
+            qkv = torch.randn(T, 3 * H, device=device, generator=generator).to(dtype)
+            return InputSet(lambda: function(qkv), [], None)
+        return build
+
+    contestants = {"ptv2": made(lambda qkv: ops.rotary(qkv, N, table, positions)[:, :2]), "torch": made(stock)}
+    if device == "cuda":
+        contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True))
+    contest(compare, f"rotary forward  {model} T={T} {short(dtype)}", contestants, "forward", device, 3 * T * H * dtype.itemsize,
+            most=SETS, op="rotary", model=model, dtype=short(dtype), tokens=T, flops=8 * T * H,
+            bytes=4 * T * H * dtype.itemsize, backend=ops.backend_for("rotary", device, dtype).backend)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import attempt
+from benchmarks.shapes import TOKENS
 from ptv2_engine.timing import input_sets, stream_for
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}     # of the largest magnitude
 ROUNDS = {"cpu": 6, "cuda": 40}
+SETS = 8                         # of the ops on rows: at most so many input sets
 
 
 @dataclass
@@ -39,6 +41,21 @@ class InputSet:
         out = self.call()
         gradients = torch.autograd.grad(out, self.leaves, self.dout) if backward else ()
         return [x.detach() for x in self.common([out, *gradients])]
+
+
+Builder = Callable[[int], InputSet]
+
+
+def on(inputs: int, device: str, dtype: torch.dtype, width: int, out_width: int) -> Callable[[Callable[..., Tensor]], Builder]:
+    """on(..)(function): a contestant that calls the function with so many inputs [T, width], for an output [T, out_width]."""
+    def contestant(function: Callable[..., Tensor]) -> Builder:
+        def build(seed: int) -> InputSet:
+            generator = torch.Generator(device).manual_seed(seed)
+            draw = lambda columns: torch.randn(TOKENS[device], columns, device=device, generator=generator).to(dtype)
+            leaves, dout = [draw(width).requires_grad_() for _ in range(inputs)], draw(out_width)
+            return InputSet(lambda: function(*leaves), leaves, dout)
+        return build
+    return contestant
 
 
 def check(peer: list[Tensor], truth: list[Tensor]) -> None:

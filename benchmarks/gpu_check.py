@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu"]
-BENCHES = ("prefix_attention", "rows", "scaling", "disentangled_attention", "deberta_step")         # beside train_step
+BENCHES = ("prefix_attention", "rows", "linear", "scaling", "disentangled_attention", "deberta_step")         # beside train_step
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SMALL = [f"tests/gpu/test_kernels_on_gpu.py::test_{name}" for name in (
     "row_ops[333-1024-0.1-dtype0]", "gelu[none-dtype0]", "attention_dropout[lengths0-16-dtype0]",

@@ -12,6 +12,8 @@ import torch
 # hidden, heads, ffn. DeBERTa-xlarge is v2's; GLM's as published.
 SHAPES = {"MiniLM": (384, 12, 1536), "BERT-base": (768, 12, 3072), "BERT-large": (1024, 16, 4096),
           "DeBERTa-xlarge": (1536, 24, 6144), "GLM-2B": (2048, 32, 8192), "GLM-10B": (4096, 64, 16384)}
+# of the ops on rows
+GRID = [("BERT-base", "cpu gpu"), ("BERT-large", "gpu"), ("GLM-10B", "gpu"), *((model, "full") for model in SHAPES)]
 _STORED = json.loads((Path(__file__).parent / "lengths.json").read_text())
 full = pytest.mark.full
 TOKENS = {"cpu": 2048, "cuda": 16384}                          # of a packed batch
