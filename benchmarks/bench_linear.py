@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.contest import SETS, InputSet, contest, on
-from benchmarks.shapes import DIRECTIONS, GRID, SHAPES, TOKENS, full, on_cpu_and_gpu, short
+from benchmarks.shapes import DIRECTIONS, GRID, SHAPES, TOKENS, compiles, full, on_cpu_and_gpu, short
 from ptv2_engine import ops
 from ptv2_engine.ops import FrozenLinear, quantise
 from ptv2_engine.ops.frozen_linear import multiplies_bf16
@@ -23,7 +23,7 @@ PRODUCTS = {"forward": 1, "backward": 1, "both": 2}
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
-def test_linear_gelu(compare, model, device, dtype, direction):
+def test_linear_gelu(compare, request, model, device, dtype, direction):
     (H, _, ffn), T = SHAPES[model], TOKENS[device]
     linear = FrozenLinear(torch.randn(ffn, H, device=device).to(dtype) / H**0.5, torch.randn(ffn, device=device).to(dtype))
     weight, bias = linear.weight.detach(), linear.bias.detach()
@@ -31,9 +31,9 @@ def test_linear_gelu(compare, model, device, dtype, direction):
     made = on(1, device, dtype, H, ffn)
     contestants = {"ptv2": made(lambda x: ops.linear_gelu(x, linear)), "torch": made(stock),
                    "bare product": made(lambda x: F.linear(x, weight, bias))}
-    if device == "cuda":
+    if device == "cuda" and compiles(request, model):
         contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True))
-    elif dtype == torch.bfloat16:                          # minutes, where oneDNN has none; test_cpu_frozen_linear has it
+    elif device == "cpu" and dtype == torch.bfloat16 and not multiplies_bf16():              # peers would take minutes
         contestants = {"ptv2": contestants["ptv2"]}
     products = PRODUCTS[direction]
     contest(compare, f"linear_gelu {direction}  {model} T={T} {short(dtype)}", contestants, direction, device,
@@ -45,7 +45,7 @@ def test_linear_gelu(compare, model, device, dtype, direction):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
-def test_linear_geglu(compare, model, device, dtype, direction):
+def test_linear_geglu(compare, request, model, device, dtype, direction):
     """At ModernBERT's ratio of sizes."""
     H, T = SHAPES[model][0], TOKENS[device]
     ffn, products = 3 * H // 2, PRODUCTS[direction]
@@ -58,11 +58,11 @@ def test_linear_geglu(compare, model, device, dtype, direction):
 
     made = on(1, device, dtype, H, ffn)
     contestants = {"ptv2": made(lambda x: ops.linear_geglu(x, linear)), "torch": made(stock)}
-    if device == "cuda":
+    if device == "cuda" and compiles(request, model):
         geglu = lambda x: importlib.import_module("liger_kernel.ops.geglu").LigerGELUMulFunction.apply(
             *F.linear(x, weight).chunk(2, -1))                 # its GELU is tanh's
         contestants |= {"torch.compile": made(torch.compile(stock, dynamic=False, fullgraph=True)), "Liger (tanh)": made(geglu)}
-    elif dtype == torch.bfloat16:
+    elif device == "cpu" and dtype == torch.bfloat16 and not multiplies_bf16():
         contestants = {"ptv2": contestants["ptv2"]}
     contest(compare, f"linear_geglu {direction}  {model} T={T} {short(dtype)}", contestants, direction, device,
             T * (H + 3 * ffn) * dtype.itemsize, unchecked=("Liger (tanh)",), most=SETS, op="linear_geglu", model=model,
@@ -107,7 +107,7 @@ def _bitsandbytes_nf4(weight: torch.Tensor, bias: torch.Tensor) -> Callable[[tor
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("model, words, rows, device, dtype", on_cpu_and_gpu(
     ("BERT-base", 30522, 128, "cpu"), ("GLM-2B", 50304, 512, "gpu"), ("GLM-10B", 50304, 512, "gpu full"), cpu=(torch.float32,)))
-def test_lm_head(compare, model, words, rows, device, dtype, direction):
+def test_lm_head(compare, request, model, words, rows, device, dtype, direction):
     """Log-probabilities of the targets among all words. Peers hold [rows, words] for backward, ours [rows, H]."""
     H, R, products = SHAPES[model][0], rows, PRODUCTS[direction]
     word = (torch.randn(words, H, device=device) / H**0.5).to(dtype)
@@ -122,7 +122,7 @@ def test_lm_head(compare, model, words, rows, device, dtype, direction):
         return build
 
     contestants = {"ptv2": made(lambda h: ops.vocabulary_log_prob(h, word, targets)), "torch": made(stock)}
-    if device == "cuda":
+    if device == "cuda" and compiles(request, model):
         contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True))
     contest(compare, f"lm_head {direction}  {model} R={R} V={words} {short(dtype)}", contestants, direction, device,
             (words + 2 * R) * H * dtype.itemsize, most=2, op="lm_head", model=model, dtype=short(dtype), tokens=R,

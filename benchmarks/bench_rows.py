@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.contest import SETS, InputSet, contest, on
-from benchmarks.shapes import DIRECTIONS, GRID, SHAPES, TOKENS, full, on_cpu_and_gpu, short
+from benchmarks.shapes import DIRECTIONS, GRID, SHAPES, TOKENS, compiles, full, on_cpu_and_gpu, short
 from ptv2_engine import ops
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=full)])
 @pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
-def test_add_norm(compare, model, device, dtype, dropout, direction):
+def test_add_norm(compare, request, model, device, dtype, dropout, direction):
     H, T = SHAPES[model][0], TOKENS[device]
     weight, bias = torch.rand(H, device=device).to(dtype), torch.randn(H, device=device).to(dtype)
     seed = torch.tensor([1], device=device)
@@ -37,7 +37,7 @@ def test_add_norm(compare, model, device, dtype, dropout, direction):
     made = on(2, device, dtype, H, H)
     contestants = {"ptv2": made(lambda x, r: ops.add_norm(x, r, weight, bias, 1e-12, dropout_p=dropout, seed=seed)),
                    "torch": made(stock)}
-    if device == "cuda":
+    if device == "cuda" and compiles(request, model):
         contestants |= {"torch.compile": made(torch.compile(stock, dynamic=False, fullgraph=True)), "Liger": made(liger)}
     passes = {"forward": 4, "backward": 3 + (dropout > 0), "both": 7 + (dropout > 0)}[direction]
     contest(compare, f"add_norm {direction}  {model} T={T} p={dropout} {short(dtype)}", contestants, direction, device,
@@ -47,7 +47,7 @@ def test_add_norm(compare, model, device, dtype, dropout, direction):
 
 
 @pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
-def test_embedding(compare, model, device, dtype):
+def test_embedding(compare, request, model, device, dtype):
     H, T = SHAPES[model][0], TOKENS[device]
     words = min(30522, 4 * T)
     position, types = (torch.randn(n, H, device=device).to(dtype) for n in (512, 2))
@@ -65,7 +65,7 @@ def test_embedding(compare, model, device, dtype):
 
     ours = lambda word, ids, places: ops.embedding(ids, places, None, word, position, types, weight, bias, 1e-5)
     contestants = {"ptv2": made(ours), "torch": made(stock)}
-    if device == "cuda":
+    if device == "cuda" and compiles(request, model):
         contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True))
     contest(compare, f"embedding forward  {model} T={T} {short(dtype)}", contestants, "forward", device,
             2 * T * H * dtype.itemsize, most=SETS, op="embedding", model=model, dtype=short(dtype), tokens=T,
@@ -86,7 +86,7 @@ def test_dropout(compare, model, device, dtype, direction):
 
 
 @pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
-def test_rotary(compare, model, device, dtype):
+def test_rotary(compare, request, model, device, dtype):
     """Forward, in place; backward is the same kernel with the angles turned round."""
     (H, N, _), T = SHAPES[model], TOKENS[device]
     positions = torch.arange(T, device=device) % 128
@@ -106,7 +106,7 @@ def test_rotary(compare, model, device, dtype):
         return build
 
     contestants = {"ptv2": made(lambda qkv: ops.rotary(qkv, N, table, positions)[:, :2]), "torch": made(stock)}
-    if device == "cuda":
+    if device == "cuda" and compiles(request, model):
         contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True))
     contest(compare, f"rotary forward  {model} T={T} {short(dtype)}", contestants, "forward", device, 3 * T * H * dtype.itemsize,
             most=SETS, op="rotary", model=model, dtype=short(dtype), tokens=T, flops=8 * T * H,

@@ -32,6 +32,7 @@ class FlexEncoder(nn.Module):
         batch = model.packed_batch(**{k: packed[k] for k in ("input_ids", "seq_lengths", "max_seqlen")})
         with torch.no_grad():                      # the embeddings, too, are the same
             self.x = encoder.embeddings(batch, self.P if config.shifts_positions else 0, 0.0, None, 0)[None]
+        self.seed = torch.zeros(1, dtype=torch.long, device=model.device)
         self.first, self.labels, self.pooler = batch.cu_seqlens[:-1].long(), packed["labels"], encoder.pooler
         owner, P = batch.sequence_of_token(), self.P
         sees = lambda _b, _h, q, k: (k < P) | (owner[(k - P).clamp(min=0)] == owner[q])
@@ -61,4 +62,4 @@ class FlexEncoder(nn.Module):
         pooled = x[0, self.first]
         if self.head.dense is None:                # the pretrained pooler, frozen; otherwise the head trains one
             pooled = torch.tanh(F.linear(pooled, self.pooler.weight.detach(), self.pooler.bias.detach()))
-        return F.cross_entropy(self.head(pooled), self.labels)
+        return F.cross_entropy(self.head(pooled, self.seed), self.labels)

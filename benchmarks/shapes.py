@@ -44,6 +44,11 @@ def lengths_of(kind: str, batch: int = 32, tokens: int | None = None) -> list[in
     return drawn[:max(1, int((ends <= tokens).sum()))]
 
 
+def compiles(request: pytest.FixtureRequest, model: str) -> bool:
+    """Whether a case on a GPU has peers that torch.compile makes, at some seconds each: BERT-large's, and all in --grid full."""
+    return model == "BERT-large" or request.config.getoption("--grid") == "full"
+
+
 def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 

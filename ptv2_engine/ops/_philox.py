@@ -74,5 +74,5 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device, needed: bool) -
     if seed is None:
         seed = int(torch.randint(2**62, (1,)))
     if isinstance(seed, int):
-        return torch.tensor([seed], dtype=torch.int64, device=device)
+        return torch.tensor([seed]).to(device, non_blocking=True)
     return seed

@@ -37,7 +37,7 @@ def steps_of(graphs_class, family, task, memory, prompt, accumulate=1, count=12)
     model = PromptedModel.from_pretrained(tiny_model(family), task=task, prompt=prompt, dtype=torch.bfloat16, device="cuda",
                                           memory=memory, **labels).train()
     optimizer = GraphedAdamW(parameter_groups(model, 0.01, head_lr=1e-3), lr=1e-2, fused=True)
-    graphs = StepGraphs(model, optimizer, 0.5, graphs=None if graphs_class is None else graphs_class())
+    graphs = StepGraphs(model, optimizer, 0.5, examples=6, graphs=None if graphs_class is None else graphs_class())
     losses = []
     for i in range(count):
         losses.append(graphs.add_gradients(batch_of(LENGTHS[i % len(LENGTHS)], task, seed=i), num_items=4, divisor=1))
@@ -74,7 +74,7 @@ def trained(folder, model=None, **options):
     model = model or PromptedModel.from_pretrained(tiny_model("bert"), num_labels=2, prompt=PromptConfig(4), device="cuda")
     args = transformers.TrainingArguments(str(folder), per_device_train_batch_size=8, max_steps=24, learning_rate=1e-2,
                                           logging_steps=1, report_to=[], disable_tqdm=True, seed=3, save_strategy="no")
-    trainer = Trainer(model, args, train_dataset=rows_for_trainer(64), **options)
+    trainer = Trainer(model, args, train_dataset=rows_for_trainer(60), **options)          # the last batch of an epoch has four
     seen = []
     drop = trainer.drop_graphs
     trainer.drop_graphs = lambda reason=None: (seen.append((trainer.graphs, reason)), drop(reason))[1]
