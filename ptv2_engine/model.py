@@ -180,6 +180,13 @@ class PromptedModel(nn.Module):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of what trains: looking for gradients in the frozen layers would take longer than some steps do on a GPU's host."""
+        frozen = self.encoder.trained_backbone is None
+        for part in (self.prompt, self.head) if frozen else (self.prompt, self.head, self.encoder):
+            if part is not None:
+                part.zero_grad(set_to_none)
+
     def print_trainable_parameters(self) -> str:
         """One line: trained parameters, backbone parameters, their ratio. Returns it too."""
         trained = sum(p.numel() for p in self.trained_parameters().values())

@@ -81,7 +81,8 @@ class GraphedTrainer(transformers.Trainer):
             optimizer: Any = self.optimizer
             self.graphs = StepGraphs(self.accelerator.unwrap_model(model), getattr(optimizer, "optimizer", optimizer),
                                      self.args.max_grad_norm, examples=self.args.train_batch_size)
-        model.train()
+        if not model.training:                                # else it would visit every module of every step
+            model.train()
         try:
             loss = self.graphs.add_gradients(inputs, num_items=num_items,
                                              divisor=self.current_gradient_accumulation_steps if num_items is None else 1)

@@ -346,3 +346,15 @@ def test_the_stock_trainer_takes_it_and_accumulation_equals_one_large_batch(accu
     assert ours.encoder.memory == "minimal"
     ours.gradient_checkpointing_disable()
     assert ours.encoder.memory == "exact"
+
+
+@pytest.mark.parametrize("trained_backbone", [None, "bias", "all"])
+def test_zero_grad_reaches_all_that_trains(trained_backbone):
+    model = PromptedModel.from_pretrained(tiny_model("bert"), num_labels=2, trained_backbone=trained_backbone)
+    model(**padded_batch([7, 3]), labels=torch.tensor([0, 1])).loss.backward()
+    trained = model.trained_parameters().values()
+    assert any(p.grad is not None and p.grad.any() for p in trained)
+    model.zero_grad(set_to_none=False)
+    assert not any(p.grad is not None and p.grad.any() for p in trained)
+    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
