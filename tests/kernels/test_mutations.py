@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import KERNELS, Attention, check_add_norm, check_attention, check_dequantise, check_embedding, check_gelu
+from kernel_checks import (
+    KERNELS,
+    Attention,
+    check_add_norm,
+    check_attention,
+    check_dequantise,
+    check_dropout,
+    check_embedding,
+    check_gelu,
+)
 from test_disentangled_attention_kernel import Case as Disentangled
 from test_disentangled_attention_kernel import check as check_disentangled
 
@@ -65,6 +74,11 @@ MUTATIONS = {
         "embedding", "tl.load(position_ids_T + rows, mask=present, other=0)",
         "(tl.load(position_ids_T + rows, mask=present, other=0) // 2)",
         lambda package: check_embedding(5, 64, fp32, package=package)),
+    "dropout: a second tile of columns draws the first one's mask": (
+        "dropout", "keep_tile(first_row, first_column, site", "keep_tile(first_row, 0, site",
+        lambda package: check_dropout(3, 600, package=package)),
+    "dropout: what is kept is not scaled": (
+        "dropout", "x * keep_scale", "x", lambda package: check_dropout(3, 600, package=package)),
     "gelu: code truncated instead of rounded": (
         "linear_gelu", "_CODES_PER_UNIT + 0.5)", "_CODES_PER_UNIT)", lambda package: check_gelu(3, 50, fp16, package=package)),
     "gelu: last element dropped": (
