@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.contest import InputSet
 from ptv2_engine import ops
-from ptv2_engine.testing import cu_seqlens_of, random_prefix, random_qkv
+from ptv2_engine.testing import cu_seqlens_of
 
 PASSES = {"forward": 4, "backward": 7, "both": 11}             # H-wide rows that must move a token
 
@@ -46,10 +46,9 @@ class Attention:
 
     def draw(self, seed: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """qkv [T, 3, N, D], prefix key and value [P, N, D], dout [T, N, D]."""
-        qkv = random_qkv(self.lengths, self.N, self.D, self.dtype, seed, self.device)
-        prefix = random_prefix(1, max(self.P, 1), self.N, self.D, self.dtype, seed + 1000, self.device)
-        dout = random_qkv(self.lengths, self.N, self.D, self.dtype, seed + 2000, self.device)[:, 0].contiguous()
-        return qkv, [p[0, :self.P].contiguous() for p in prefix], dout
+        generator = torch.Generator(self.device).manual_seed(seed)         # the host's would take seconds for a case on a GPU
+        draw = lambda *shape: torch.randn(*shape, self.N, self.D, device=self.device, generator=generator).to(self.dtype)
+        return draw(self.T, 3), [draw(self.P), draw(self.P)], draw(self.T)
 
     def padded(self, x_TND: Tensor) -> Tensor:
         """[B, N, S, D]"""

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.bench_train_step import PROMPT, median_batch
 from benchmarks.deberta_peer import PatchedDeberta
-from benchmarks.models import DTYPES, batch_of, moved, our_step, stepper
+from benchmarks.models import DTYPES, batch_of, moved, our_replayed_step, our_step, stepper
 from benchmarks.shapes import full
 from ptv2_engine import PromptConfig, PromptedModel
 
@@ -57,15 +57,16 @@ def check_losses(ours, peer, batch, tolerance: float) -> None:
 
 
 def run(compare, version: str, data: str, dtype: str, device: str, rounds: int, warmup: int) -> None:
-    packed, padded = (moved(batch, device) for batch in batch_of(median_batch(data), 30000))
+    on_host, padded = batch_of(median_batch(data), 30000, multiple=8 if device == "cuda" else 1)
+    packed, padded = (moved(batch, device) for batch in (on_host, padded))
     ours, peer = models(version, DTYPES[dtype], device)
     check_losses(ours, peer, (packed, padded), 1e-4 if dtype == "fp32" else 2e-2)
-    trained = [p for p in peer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 1e-3)
+    trained, on_gpu = [p for p in peer.parameters() if p.requires_grad], device == "cuda"
+    optimizer = torch.optim.AdamW(trained, 1e-3, fused=on_gpu)
     half = dtype == "bf16"
     compare(
         f"train step  DeBERTa-{version}-base B=32 P={PROMPT} {data} {dtype}",
-        {"ptv2": our_step(ours, packed),
+        {"ptv2": our_replayed_step(ours, on_host) if on_gpu else our_step(ours, packed),
          "patched transformers" + (" bf16 autocast" if half else ""): stepper(peer, trained, optimizer, padded,
                                                                                half)},
         rounds=rounds, warmup=warmup, tokens=packed["input_ids"].shape[0], padded_tokens=padded["input_ids"].numel(),

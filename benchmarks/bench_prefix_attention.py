@@ -20,7 +20,7 @@ from benchmarks.attention_peers import (
     sdpa_padded,
     varlen_gathered,
 )
-from benchmarks.contest import contest
+from benchmarks.contest import contest, left_out
 from benchmarks.shapes import DIRECTIONS, SHAPES, TOKENS, lengths_of, on_cpu_and_gpu, short
 from ptv2_engine import ops
 
@@ -35,24 +35,30 @@ GRID = [("BERT-base", "mrpc", 20, "cpu gpu"), ("BERT-base", "rte", 20, "cpu gpu"
         ("MiniLM", "rte", 16, "gpu"), ("GLM-10B", "256", 16, "gpu"),
         *((model, S, P, "full") for model in SHAPES for S in ("32", "64", "128", "256", "512", "1024", "2048")
           for P in (0, 16, 100, 200)),
-        *((model, kind, 20, "full") for model in SHAPES for kind in ("mrpc", "mnli", "squad"))]
+        *((model, kind, P, "full") for model in SHAPES for kind in ("mrpc", "rte", "mnli", "squad", "ragged")
+          for P in (0, 20, 200) if (model, kind, P) not in (("BERT-base", "mrpc", 20), ("BERT-base", "rte", 20)))]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("model, kind, P, device, dtype", on_cpu_and_gpu(*GRID))
 def test_prefix_attention(compare, request, model, kind, P, device, dtype, direction):
+    full_grid, flex = request.config.getoption("--grid") == "full", {}
+    if device == "cuda":                                       # each compiles for seconds, and tunes for a minute
+        in_short = (model, kind) in (("BERT-large", "128"), ("BERT-large", "rte"))
+        flex = {"FlexAttention packed, autotuned": functools.partial(flex_packed, autotune=True)} if full_grid else {
+            "FlexAttention packed, default tiles": flex_packed if in_short else None}
+    attention_contest(compare, model, kind, P, device, dtype, direction, flex)
+
+
+def attention_contest(compare, model, kind, P, device, dtype, direction, more, name="") -> None:
+    """more: peers beside those that are always there, None for one that is left out. name: behind the case's."""
     hidden, heads, _ = SHAPES[model]
     lengths = lengths_of(kind, tokens=TOKENS[device])
     case = Attention(lengths, P, heads, hidden // heads, dtype, device)
-    builders = {"ptv2": ours} | {name: build for name, build in PEERS.items() if device == "cuda" or name.startswith("SDPA")}
-    full_grid, headline = request.config.getoption("--grid") == "full", (model, kind, P) == ("BERT-large", "128", 16)
-    if device == "cuda" and (full_grid or model == "BERT-large"):      # each compiles for seconds, and tunes for a minute
-        if not full_grid:
-            builders["FlexAttention packed, default tiles"] = flex_packed
-        if full_grid or headline:
-            builders["FlexAttention packed, autotuned"] = functools.partial(flex_packed, autotune=True)
-    contest(compare, f"prefix_attention {direction}  {model} {kind} P={P} {short(dtype)}",
-            {name: functools.partial(build, case) for name, build in builders.items()}, direction, device, case.bytes_of_set,
+    builders = {"ptv2": ours} | {peer: build for peer, build in PEERS.items() if device == "cuda" or peer.startswith("SDPA")}
+    contest(compare, f"prefix_attention {direction}  {model} {kind} P={P} {short(dtype)}{name}",
+            {peer: left_out if build is None else functools.partial(build, case) for peer, build in (builders | more).items()},
+            direction, device, case.bytes_of_set,
             op="prefix_attention", model=model, lengths=kind, prompt_length=P, tokens=case.T, dtype=short(dtype),
             backend=ops.backend_for("prefix_attention", device, dtype, hidden // heads).backend,
             bytes=PASSES[direction] * case.T * hidden * dtype.itemsize,

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.contest import SETS, InputSet, contest, on
+from benchmarks.contest import SETS, InputSet, contest, left_out, on
 from benchmarks.shapes import DIRECTIONS, GRID, SHAPES, TOKENS, compiles, full, on_cpu_and_gpu, short
 from ptv2_engine import ops
 
@@ -37,8 +37,9 @@ def test_add_norm(compare, request, model, device, dtype, dropout, direction):
     made = on(2, device, dtype, H, H)
     contestants = {"ptv2": made(lambda x, r: ops.add_norm(x, r, weight, bias, 1e-12, dropout_p=dropout, seed=seed)),
                    "torch": made(stock)}
-    if device == "cuda" and compiles(request, model):
-        contestants |= {"torch.compile": made(torch.compile(stock, dynamic=False, fullgraph=True)), "Liger": made(liger)}
+    if device == "cuda":
+        compiled = made(torch.compile(stock, dynamic=False, fullgraph=True)) if compiles(request, model) else left_out
+        contestants |= {"torch.compile": compiled, "Liger": made(liger)}
     passes = {"forward": 4, "backward": 3 + (dropout > 0), "both": 7 + (dropout > 0)}[direction]
     contest(compare, f"add_norm {direction}  {model} T={T} p={dropout} {short(dtype)}", contestants, direction, device,
             3 * T * H * dtype.itemsize, unchecked=contestants if dropout else (), most=SETS, op="add_norm", model=model,
@@ -65,8 +66,9 @@ def test_embedding(compare, request, model, device, dtype):
 
     ours = lambda word, ids, places: ops.embedding(ids, places, None, word, position, types, weight, bias, 1e-5)
     contestants = {"ptv2": made(ours), "torch": made(stock)}
-    if device == "cuda" and compiles(request, model):
-        contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True))
+    if device == "cuda":
+        contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True)) if (
+            compiles(request, model)) else left_out
     contest(compare, f"embedding forward  {model} T={T} {short(dtype)}", contestants, "forward", device,
             2 * T * H * dtype.itemsize, most=SETS, op="embedding", model=model, dtype=short(dtype), tokens=T,
             flops=8 * T * H, bytes=2 * T * H * dtype.itemsize, backend=ops.backend_for("embedding", device, dtype).backend)
@@ -106,8 +108,9 @@ def test_rotary(compare, request, model, device, dtype):
         return build
 
     contestants = {"ptv2": made(lambda qkv: ops.rotary(qkv, N, table, positions)[:, :2]), "torch": made(stock)}
-    if device == "cuda" and compiles(request, model):
-        contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True))
+    if device == "cuda":
+        contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True)) if (
+            compiles(request, model)) else left_out
     contest(compare, f"rotary forward  {model} T={T} {short(dtype)}", contestants, "forward", device, 3 * T * H * dtype.itemsize,
             most=SETS, op="rotary", model=model, dtype=short(dtype), tokens=T, flops=8 * T * H,
             bytes=4 * T * H * dtype.itemsize, backend=ops.backend_for("rotary", device, dtype).backend)

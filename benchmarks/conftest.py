@@ -10,7 +10,6 @@ import gc
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks.attention_peers import forget_compiled
-from benchmarks.measure import cpu_name, limits
+from benchmarks.measure import commit, cpu_name, limits
 from ptv2_engine import __version__
 from ptv2_engine.timing import Functions, side_by_side, summary
 
@@ -33,6 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, default=None, help="interleaved rounds a case (default: by the case)")
     parser.addoption("--grid", choices=["short", "full"], default="short", help="how many shapes (short: minutes)")
     parser.addoption("--require-gpu", action="store_true", help="fail when no CUDA device is there")
+    parser.addoption("--once", action="store_true", help="one round of each case: what has to be compiled is on the disk then")
+    parser.addoption("--shard", default=None, help="i/n: every n-th case from the i-th on, for n processes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,10 +42,14 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--require-gpu: torch sees no CUDA device")
 
 
+@pytest.hookimpl(trylast=True)                              # of those that -m and -k left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--grid") == "short" and (larger := [item for item in items if "full" in item.keywords]):
         config.hook.pytest_deselected(items=larger)
         items[:] = [item for item in items if "full" not in item.keywords]
+    if shard := config.getoption("--shard"):
+        first, count = map(int, shard.split("/"))
+        items[:] = items[first::count]
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -67,6 +72,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dic
     def run(case: str, functions: Functions, rounds: int = 10, warmup: int = 2, device: str = "cpu", capture: bool = False,
             skipped: dict[str, str] | None = None, **facts: Any) -> dict[str, dict[str, float]]:
         rounds = request.config.getoption("--rounds") or rounds
+        if request.config.getoption("--once"):
+            rounds, warmup = 1, 0
         times, eager = side_by_side(functions, device, rounds, warmup, capture)
         found, ours = summary(times), next(iter(functions))
         seconds, low, high = (found[ours][key] for key in ("median_s", "p20_s", "p80_s"))
@@ -98,15 +105,6 @@ def device_name() -> str:
     return f"{cpu_name()}-{torch.get_num_threads()}threads".lower().replace(" ", "-")
 
 
-def _commit() -> str:
-    try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True,
-                              cwd=Path(__file__).parent)
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
     folder = session.config.getoption("--results")
     if folder is None or not _rows:
@@ -121,7 +119,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             versions[name] = None
     now = datetime.datetime.now()
     record = {"device": device_name(), "date": now.date().isoformat(), "time": now.isoformat(timespec="seconds"),
-              "commit": _commit(), "ptv2_engine": __version__,
+              "commit": commit(), "ptv2_engine": __version__,
               "limits": {device: limits(device) for device in sorted({row["device"] for row in _rows})},
               "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": versions,
               "command": os.environ.get("PTV2_BENCH_COMMAND") or " ".join(["pytest", *session.config.invocation_params.args]),

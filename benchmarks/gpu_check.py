@@ -1,9 +1,13 @@
 """Everything that needs a GPU, in one call of minutes: python benchmarks/gpu_check.py --results FOLDER [--only STAGE ...]
 
-Builds csrc, runs the GPU tests (in shards: compiling kernels takes the CPUs), compute-sanitizer over a few small ones, the short
-grid of the benchmarks, the memory profile and a tuning of two kernels, whose table in FOLDER/tuned a person may commit to
-kernels/tuned, and writes gpu-check.json and the report with its roofline into FOLDER. A stage that fails or outlives its limit
-does not stop the next (a benchmark or tuning run that is ended keeps its rows); the exit code says whether all passed.
+Builds csrc; runs the GPU tests; runs every benchmark once in many processes, so that what they compile lies on the disk before
+anything is timed; then compute-sanitizer over a few small tests, the benchmarks' short grid, the memory profile, and a tuning of
+two kernels, whose table in FOLDER/tuned a person may commit to kernels/tuned.
+
+FOLDER gets gpu-check.json (what passed, with the ends of the logs), gpu-check.log, report.md with its roofline, and the rows and
+the profile that benchmarks/report.py reads: eight files at most. A stage that fails or outlives its limit does not stop the next
+(a benchmark or tuning run that is ended keeps its rows); the exit code says whether all passed. PTV2_COMMIT names the commit
+where there is no git.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,11 +31,12 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu"]
-BENCHES = ("prefix_attention", "rows", "linear", "scaling", "disentangled_attention", "deberta_step")         # beside train_step
+# beside train_step; what compiles longest comes last, as a stage that is ended keeps the rows it has
+BENCHES = ("prefix_attention", "rows", "linear", "scaling", "disentangled_attention", "deberta_step", "autotuned")
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SMALL = [f"tests/gpu/test_kernels_on_gpu.py::test_{name}" for name in (
     "row_ops[333-1024-0.1-dtype0]", "gelu[none-dtype0]", "attention_dropout[lengths0-16-dtype0]",
-    "disentangled_attention[20-0-64-dtype0]", "dequantise[77-320-nf4-dtype0]")]
+    "disentangled_attention[20-0-64-dtype2]", "dequantise[77-320-nf4-dtype0]")]
 SMALL += [f"tests/gpu/test_cuda_on_gpu.py::test_{name}" for name in ("dropout[lengths0-16-dtype0]", "long_rows[case0]")]
 
 
@@ -61,11 +67,15 @@ def together(commands: dict[str, list[str]], log: Path, limit: float, **variable
     return codes
 
 
-def sharded(log: Path, limit: float) -> int:
-    """The GPU tests dealt out to processes; the worst exit code (5, a shard without tests, is fine)."""
-    shards = max(1, min(8, (os.cpu_count() or 2) - 2))
-    codes = together({str(i): [*PYTEST, "tests", "--shard", f"{i}/{shards}"] for i in range(shards)}, log, limit)
-    return max((code for code in codes if code != 5), default=0)
+def sharded(command: list[str], log: Path, limit: float) -> int:
+    """pytest dealt out to as many processes as there are CPUs but one; 0, or the exit code of one that failed."""
+    shards = max(1, min(15, (os.cpu_count() or 2) - 1))
+    return failure(together({str(i): [*command, "--shard", f"{i}/{shards}"] for i in range(shards)}, log, limit))
+
+
+def failure(codes: list[int]) -> int:
+    """0, or the first exit code that is not success; those of signals are negative. 5: a shard without tests."""
+    return next((code for code in codes if code not in (0, 5)), 0)
 
 
 def sanitizers(log: Path, limit: float) -> int:
@@ -77,32 +87,36 @@ def sanitizers(log: Path, limit: float) -> int:
     commands = {tool: [found, "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", *PYTEST, *SMALL]
                 for tool in TOOLS}
     # torch's cached blocks would hide what is written behind a tensor's end
-    return max(together(commands, log, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+    return failure(together(commands, log, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
 
 
 def stages(results: Path) -> dict[str, tuple[Any, float]]:
     """Name -> (what runs it, given a log and a limit; the limit in seconds). Together at most eight minutes."""
-    bench = [*PYTEST, "-s", "--benchmark-only", "--results", str(results)]
-    kernels = [*bench, *(f"benchmarks/bench_{name}.py" for name in BENCHES)]
-    profile = [sys.executable, "benchmarks/memory_profile.py", "--results", str(results), "measure", "--memory", "exact",
-               "minimal", "--rounds", "2"]
+    bench, files = [*PYTEST, "-s", "--benchmark-only"], [f"benchmarks/bench_{name}.py" for name in BENCHES]
+    train = ["-k", "not compiled", "benchmarks/bench_train_step.py"]
+    kept = ["--results", str(results)]
+    profile = [sys.executable, "benchmarks/memory_profile.py", *kept, "measure", "--frozen", "int8", "--stream", "none",
+               "--memory", "minimal", "exact", "--rounds", "2", "--no-peers"]
     tune = [sys.executable, "-m", "ptv2_engine.cli", "tune", "--kernels", "forward", "dkdv", "--shapes",
             "S128-P16-D64-bf16-dropout", "--output", str(results / "tuned")]
+    built = {"PTV2_BUILD_NATIVE": "1", "PTV2_BUILD_CUDA": "1"}             # else a failure is a warning
     return {
-        "build": (lambda log, limit: run([sys.executable, "setup.py", "build_ext", "--inplace"], log, limit), 60),
-        "tests": (sharded, 100),
-        "sanitizer": (sanitizers, 60),
-        "train_step": (lambda log, limit: run([*bench, "-k", "not compiled", "benchmarks/bench_train_step.py"], log, limit), 100),
-        "kernels": (lambda log, limit: run(kernels, log, limit), 90),
-        "memory": (lambda log, limit: run(profile, log, limit), 35),
-        "tune": (lambda log, limit: run(tune, log, limit), 35),
+        "build": (lambda log, limit: run([sys.executable, "setup.py", "build_ext", "--inplace"], log, limit, **built), 70),
+        "tests": (lambda log, limit: sharded([*PYTEST, "tests/gpu"], log, limit), 95),
+        "compile": (lambda log, limit: sharded([*bench, "--once", *files, "benchmarks/bench_train_step.py", "-k",
+                                                "not compiled and not GLM and not overhead"], log, limit), 70),
+        "sanitizer": (sanitizers, 45),
+        "train_step": (lambda log, limit: run([*bench, *kept, *train], log, limit), 75),
+        "kernels": (lambda log, limit: run([*bench, *kept, *files], log, limit), 75),
+        "memory": (lambda log, limit: run(profile, log, limit), 25),
+        "tune": (lambda log, limit: run(tune, log, limit), 25),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--only", nargs="+", help="some of the stages")
+    parser.add_argument("--only", nargs="+", choices=list(stages(Path())), help="some of the stages")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_check: torch sees no CUDA device, so there is nothing to check; run it on a machine with a GPU.")
@@ -110,26 +124,56 @@ def main() -> int:
     if missing := [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]:
         print(f"gpu_check: {', '.join(missing)} is not installed for {sys.executable}; pip install pytest pytest-benchmark.")
         return 2
-    results = args.results.resolve()
+    from benchmarks.measure import commit
+
+    results, started = args.results.resolve(), time.time()
     results.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {}
-    for name, (stage, limit) in stages(results).items():
-        if args.only and name not in args.only:
-            continue
-        started, log = time.perf_counter(), results / f"gpu-check-{name}.log"
-        code = stage(log, limit)
-        tail = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
-        found[name] = {"exit_code": code, "seconds": round(time.perf_counter() - started, 1), "last_line": "".join(tail)[-200:]}
-        print(f"{name}: {'passed' if code == 0 else 'ended by its limit' if code == 124 else f'failed ({code})'} in "
-              f"{found[name]['seconds']} s  {found[name]['last_line']}", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        found, logs = run_stages({name: stage for name, stage in stages(results).items() if name in (args.only or (name,))},
+                                 Path(scratch))
     record = {"what": "gpu-check", "device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(),
-              "torch": torch.__version__, "command": " ".join(sys.argv), "stages": found}
+              "commit": commit(), "torch": torch.__version__, "command": " ".join(sys.argv), "stages": found}
     (results / "gpu-check.json").write_text(json.dumps(record, indent=1) + "\n")
-    rows = sorted(results.glob("*/20*.json"), key=lambda f: f.stat().st_mtime)[-1:]
+    (results / "gpu-check.log").write_text(logs)
+    reported = report(record, results, started)
+    return 0 if reported and all(stage["exit_code"] == 0 for stage in found.values()) else 1
+
+
+def run_stages(chosen: dict[str, tuple[Any, float]], scratch: Path) -> tuple[dict[str, Any], str]:
+    """What became of each stage, and their logs, of long ones the end."""
+    found: dict[str, Any] = {}
+    logs = []
+    for name, (stage, limit) in chosen.items():
+        started, log = time.perf_counter(), scratch / f"{name}.log"
+        code = stage(log, limit)
+        text = log.read_text(errors="replace") if log.is_file() else ""
+        lines = text.strip().splitlines()
+        found[name] = {"exit_code": code, "seconds": round(time.perf_counter() - started, 1), "limit": limit,
+                       "last_line": "".join(lines[-1:])[-200:], "log_end": [] if code == 0 else lines[-40:]}
+        logs.append(f"==== {name}\n{text[-200_000:]}")
+        print(f"{name}: {outcome(code)} in {found[name]['seconds']} s  {found[name]['last_line']}", flush=True)
+    return found, "\n".join(logs)
+
+
+def outcome(code: int) -> str:
+    return "passed" if code == 0 else "ended by its limit" if code == 124 else f"failed ({code})"
+
+
+def report(record: dict[str, Any], results: Path, started: float) -> bool:
+    """report.md: the stages, and the tables of the rows that this run wrote. Whether it could be made."""
+    said = ", ".join(record[key] for key in ("device", "date")) + f", commit {record['commit']}, torch {record['torch']}"
+    lines = [f"{said}; `{record['command']}`", "", "| stage | | seconds | limit | last line |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | {outcome(stage['exit_code'])} | {stage['seconds']} | {stage['limit']} | {stage['last_line']} |"
+              for name, stage in record["stages"].items()]
+    rows = [file for file in results.glob("*/20*.json") if file.stat().st_mtime >= started]
+    code = 0
     if rows:
-        report = [sys.executable, "benchmarks/report.py", "show", *map(str, rows), "--output", str(results)]
-        subprocess.run(report, cwd=ROOT, check=False)
-    return 0 if all(stage["exit_code"] == 0 for stage in found.values()) else 1
+        command = [sys.executable, "benchmarks/report.py", "show", *map(str, rows), "--output", str(results)]
+        code = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL).returncode
+    file = results / "report.md"
+    made = file.read_text() if rows and code == 0 else ""
+    file.write_text("\n".join(lines) + "\n\n" + made)
+    return code == 0
 
 
 if __name__ == "__main__":

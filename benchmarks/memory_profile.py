@@ -17,7 +17,6 @@ import datetime
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import cpu_name
+from measure import commit, cpu_name
 
 from ptv2_engine import PromptConfig
 from ptv2_engine.encoder.weights import empty_encoder
@@ -47,8 +46,7 @@ def row_of(setup: Setup, **found: Any) -> dict[str, Any]:
 
 
 def record(what: str, args: argparse.Namespace, device: str, **found: Any) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {"what": what, "model": args.model, "device": device, "date": datetime.date.today().isoformat(), "commit": commit,
+    return {"what": what, "model": args.model, "device": device, "date": datetime.date.today().isoformat(), "commit": commit(),
             "torch": torch.__version__, "command": " ".join(["python", "benchmarks/memory_profile.py", *sys.argv[1:]]), **found}
 
 
@@ -130,6 +128,13 @@ def time_streamed(setup: Setup, device: torch.device, rounds: int) -> dict[str, 
 def measure_all(args: argparse.Namespace) -> None:
     """Predicted and measured bytes, and tokens/s, of the chosen combinations, as far as they fit the device."""
     device, planner, rows = torch.device(args.device), Planner(), []
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    folder = args.results / name.lower().replace("nvidia ", "").replace(" ", "-")
+
+    def keep(peers: list[dict[str, Any]]) -> None:
+        file = folder / f"memory-profile-{Path(args.model).name}.json"
+        write(file, record("memory profile", args, name, rows=rows, peers=peers))
+
     base = Setup(args.model, max(args.tokens // args.seq_len, 1), args.seq_len, PromptConfig(args.prompt_length),
                  device=device.type)
     wanted = [replace(base, memory=memory, frozen_dtype=None if frozen == "none" else frozen,
@@ -148,10 +153,9 @@ def measure_all(args: argparse.Namespace) -> None:
         gc.collect()
         rows.append(row_of(setup, title=plan.title, predicted=plan.peak, **found))
         print({k: v for k, v in rows[-1].items() if k not in ("batch_size", "dtype")}, flush=True)
-    peers = [measure_peer(base, peer, device) for peer in PEERS[1:]] if device.type == "cuda" else []
-    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
-    folder = args.results / name.lower().replace("nvidia ", "").replace(" ", "-")
-    write(folder / f"memory-profile-{Path(args.model).name}.json", record("memory profile", args, name, rows=rows, peers=peers))
+        keep([])                                        # a run that is ended keeps what it has
+    if device.type == "cuda" and not args.no_peers:
+        keep([measure_peer(base, peer, device) for peer in PEERS[1:]])
 
 
 def measure_peer(setup: Setup, peer: str, device: torch.device) -> dict[str, Any]:
@@ -195,6 +199,7 @@ def main() -> None:
     run.add_argument("--memory", nargs="+", default=list(POLICIES), choices=POLICIES)
     run.add_argument("--frozen", nargs="+", default=["none", "int8"], choices=["none", *KINDS])
     run.add_argument("--stream", nargs="+", default=["none", "host"], choices=["none", "host"])
+    run.add_argument("--no-peers", action="store_true", help="leave out fine-tuning's and LoRA's steps")
     docs = commands.add_parser("docs")
     docs.add_argument("--file", type=Path, default=Path(__file__).parents[1] / "docs/memory-at-10b.md")
     args = parser.parse_args()

@@ -46,12 +46,12 @@ def our_model(config: dict[str, Any], P: int, dtype: torch.dtype, device: str, *
     return PromptedModel(encoder, origin, PromptConfig(P), num_labels=2, **options).train()
 
 
-def batch_of(lengths: Sequence[int], vocab_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The same examples on the host: packed (PackedCollator's), and padded to the longest."""
+def batch_of(lengths: Sequence[int], vocab_size: int, multiple: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same examples on the host: packed (PackedCollator's), and padded to the longest, up to a multiple of tokens."""
     generator = torch.Generator().manual_seed(0)
     rows = [{"input_ids": torch.randint(1000, vocab_size, (n,), generator=generator).tolist(), "labels": i % 2}
             for i, n in enumerate(lengths)]
-    longest = max(lengths)
+    longest = -(-max(lengths) // multiple) * multiple
     padded = {"input_ids": torch.tensor([r["input_ids"] + [0] * (longest - len(r["input_ids"])) for r in rows]),
               "attention_mask": (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long(),
               "labels": torch.tensor([r["labels"] for r in rows])}
@@ -67,12 +67,12 @@ def stepper(model: Callable[..., Any], parameters: list[nn.Parameter], optimizer
     """A function that takes one training step on the batch: forward, loss, backward, clipping, AdamW."""
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=autocast):
             loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)                  # nothing is left for a step that shares the parameters
 
     return step
 

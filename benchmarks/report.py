@@ -52,6 +52,8 @@ def speed_of(row: Row) -> str:
 def peers_of(row: Row) -> str:
     ours = next(iter(row["times"]))
     parts = [f"{name} {v['times_ours']:.2f}x" for name, v in row["times"].items() if name not in (ours, "A/A")]
+    if launched := [name for name in row.get("not_captured", []) if name in row["times"]]:
+        parts.append(f"launched one by one, no graph: {' and '.join(launched)}")
     parts += [f"{name}: not run ({reason.split(':')[0]})" for name, reason in row.get("skipped", {}).items()]
     if "trainer_step_s" in row:
         parts.append(f"Trainer {row['trainer_step_s'] / row['times'][ours]['median_s']:.3f}x")

@@ -29,8 +29,9 @@ def _drawn(mean: float, deviation: float, low: int, high: int, count: int = 512)
 
 
 # mrpc, rte, squad: real (lengths.json says how they were counted). mnli: no examples at hand; a log-normal of about the length of
-# its pairs, an assumption.
-LENGTHS: dict[str, list[int]] = {k: v for k, v in _STORED.items() if isinstance(v, list)} | {"mnli": _drawn(39, 18, 10, 128)}
+# its pairs, an assumption. ragged: 32 to 2048 tokens, of no data set.
+LENGTHS: dict[str, list[int]] = {k: v for k, v in _STORED.items() if isinstance(v, list)} | {
+    "mnli": _drawn(39, 18, 10, 128), "ragged": _drawn(500, 450, 32, 2048)}
 
 
 def lengths_of(kind: str, batch: int = 32, tokens: int | None = None) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ptv2_engine.errors import ConfigError
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-OPS = ("prefix_attention", "disentangled_attention", "rows", "linear", "train_step", "deberta_step", "scaling")
+OPS = ("prefix_attention", "disentangled_attention", "rows", "linear", "train_step", "deberta_step", "scaling", "autotuned")
 
 
 def run(argv: list[str]) -> None:

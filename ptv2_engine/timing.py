@@ -81,7 +81,7 @@ def side_by_side(functions: Functions, device: str, rounds: int = 10, warmup: in
     """Seconds of each call, taken in turns whose order turns round every round, and the names that no graph was captured of."""
     turns = {name: Turn(function, device, capture) for name, function in functions.items()}
     ours = next(iter(functions))
-    turns["A/A"] = turns[ours] if device == "cuda" else Turn(functions[ours], device, capture)
+    turns["A/A"] = Turn(functions[ours], device, capture)
     times: dict[str, list[float]] = {name: [] for name in turns}
     for i in range(warmup + rounds):
         for name in turns if i % 2 == 0 else reversed(turns):

@@ -245,6 +245,35 @@ def test_gpu_check_says_that_there_is_no_gpu():
     assert done.returncode == 2 and "no CUDA device" in done.stdout
 
 
+def test_the_gpu_stages_collect_without_what_that_machine_lacks():
+    """No datasets and no seqeval there: a file that imports them would end every process of the stage."""
+    script = ("import sys; sys.modules |= dict.fromkeys(('datasets', 'seqeval')); import pytest; "
+              "sys.exit(pytest.main(['-q', '--collect-only', '-m', 'gpu', *sys.argv[1:]]))")
+    benches = [f"benchmarks/bench_{name}.py" for name in (*gpu_check.BENCHES, "train_step")]
+    for files in (["tests/gpu"], benches):
+        done = subprocess.run([sys.executable, "-c", script, *files], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "error" not in done.stdout, done.stdout[-2000:]
+
+
+def test_gpu_check_fails_with_any_stage_and_says_which(tmp_path):
+    assert gpu_check.failure([0, 5, 0]) == 0 and gpu_check.failure([0, -11]) == -11 and gpu_check.failure([2, 0]) == 2
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    ends = {"good": "print('fine')", "bad": "import os; print('broke'); os.abort()"}
+    both = lambda script: {str(i): [sys.executable, "-c", code] for i, code in enumerate((script, "0"))}
+    stages = {name: (lambda log, limit, script=script: gpu_check.failure(gpu_check.together(both(script), log, limit)), 20)
+              for name, script in ends.items()}
+    found, logs = gpu_check.run_stages(stages, scratch)
+    assert found["good"]["exit_code"] == 0 and found["bad"]["exit_code"] < 0 and "broke" in "".join(found["bad"]["log_end"])
+    assert "==== good" in logs and "fine" in logs
+    record = {"device": "a GPU", "date": "today", "commit": "c0ffee", "torch": "2", "command": "gpu_check", "stages": found}
+    assert gpu_check.report(record, tmp_path, 0.0)
+    assert "| bad | failed (-6) |" in (tmp_path / "report.md").read_text()
+    done = subprocess.run([sys.executable, "benchmarks/gpu_check.py", "--only", "tset"], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 2 and "tests" in done.stderr
+
+
 def test_gpu_check_ends_a_stage_at_its_limit_and_lets_it_write(tmp_path):
     script = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('rows written', flush=True)"
     started = time.monotonic()

@@ -18,6 +18,7 @@ def measure(setup: Setup, device: str | torch.device) -> int:
     device = torch.device(device)
     gc.collect()
     if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()                 # the plan counts them; an earlier product left them there
         before = torch.cuda.memory_allocated(device)
         workload = Workload(setup, device)
         workload.step(workload.batch())

@@ -77,7 +77,8 @@ def trained(folder, model=None, **options):
     trainer = Trainer(model, args, train_dataset=rows_for_trainer(60), **options)          # the last batch of an epoch has four
     seen = []
     drop = trainer.drop_graphs
-    trainer.drop_graphs = lambda reason=None: (seen.append((trainer.graphs, reason)), drop(reason))[1]
+    held = lambda: trainer.graphs and sum(step.part.captured for step in trainer.graphs.buckets.values())
+    trainer.drop_graphs = lambda reason=None: (seen.append((held(), reason)), drop(reason))[1]
     trainer.train()
     return trainer, seen
 
@@ -86,7 +87,7 @@ def test_the_trainer_replays(tmp_path):
     graphed, seen = trained(tmp_path / "a")
     plain, _ = trained(tmp_path / "b", cuda_graphs=False)
     again, _ = trained(tmp_path / "c")
-    assert graphed.graphs_refused is None and seen[0][1] is None
+    assert graphed.graphs_refused is None and seen[0][1] is None and seen[0][0] >= 1          # that many buckets' graphs
     losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (graphed, plain, again)]
     assert losses[0] == losses[2]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
@@ -97,7 +98,7 @@ def test_a_failed_capture_trains_on(tmp_path, monkeypatch):
     torch.manual_seed(1)
     model = PromptedModel.from_pretrained(tiny_model("bert"), num_labels=2, prompt=PromptConfig(4), device="cuda")
     forward = model.head.forward
-    model.head.forward = lambda x: forward(x * float(x.sum() != 0))
+    model.head.forward = lambda x, *seed: forward(x * float(x.sum() != 0), *seed)
     trainer, seen = trained(tmp_path, model)
     assert "waits for the device" in trainer.graphs_refused
     assert trainer.state.global_step == 24 and torch.isfinite(torch.ones(3, device="cuda").sum())
