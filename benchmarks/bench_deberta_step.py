@@ -64,6 +64,9 @@ def run(compare, version: str, data: str, dtype: str, device: str, rounds: int, 
     trained, on_gpu = [p for p in peer.parameters() if p.requires_grad], device == "cuda"
     optimizer = torch.optim.AdamW(trained, 1e-3, fused=on_gpu)
     half = dtype == "bf16"
+    if on_gpu and half:                                        # its weights as ours; autocast does the rest
+        for p in peer.parameters():
+            p.data = p.data if p.requires_grad else p.data.bfloat16()
     compare(
         f"train step  DeBERTa-{version}-base B=32 P={PROMPT} {data} {dtype}",
         {"ptv2": our_replayed_step(ours, on_host) if on_gpu else our_step(ours, packed),
