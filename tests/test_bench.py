@@ -249,7 +249,7 @@ def test_the_gpu_stages_collect_without_what_that_machine_lacks():
     """No datasets and no seqeval there: a file that imports them would end every process of the stage."""
     script = ("import sys; sys.modules |= dict.fromkeys(('datasets', 'seqeval')); import pytest; "
               "sys.exit(pytest.main(['-q', '--collect-only', '-m', 'gpu', *sys.argv[1:]]))")
-    benches = [f"benchmarks/bench_{name}.py" for name in (*gpu_check.BENCHES, "train_step")]
+    benches = [f"benchmarks/bench_{name}.py" for name in (*gpu_check.BENCHES, "train_step", "autotuned")]
     for files in (["tests/gpu"], benches):
         done = subprocess.run([sys.executable, "-c", script, *files], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and "error" not in done.stdout, done.stdout[-2000:]
