@@ -130,7 +130,10 @@ def classification_loss(logits_RC: Tensor, labels: Tensor, problem_type: str | N
         loss = F.cross_entropy(logits_RC, labels.view(-1).long(), ignore_index=IGNORE, reduction=reduction)
         loss = torch.where((labels == IGNORE).all(), 0.0, loss)       # nothing to score: 0, not the mean of nothing
     elif kind == "regression":
-        loss = _of_counted(F.mse_loss, logits_RC, labels.view(-1, C), reduction, counted_R)
+        if labels.numel() != logits_RC.numel():
+            raise LabelError(f"labels are {tuple(labels.shape)}, but regression on {C} outputs needs {C} values for each of "
+                             f"{logits_RC.shape[0]} rows; pass a [batch, {C}] float tensor, or set num_labels.")
+        loss = _of_counted(F.mse_loss, logits_RC, labels.view(logits_RC.shape), reduction, counted_R)
     elif kind == "multi_label_classification":
         if labels.shape != logits_RC.shape:
             raise LabelError(f"labels are {tuple(labels.shape)}, but multi-label classification needs one 0 or 1 for each of "

@@ -38,6 +38,7 @@ def test_accumulated_batches_add_up_to_the_large_one():
     (torch.tensor([0, -1]), None, LabelError, "label -1 is outside"),
     (torch.tensor([0, 1, 2]), None, LabelError, "there are 3 labels for 2 rows of logits"),
     (torch.tensor([0.5]), "regression", LabelError, "there are 1 labels for 2 rows of logits"),
+    (torch.tensor([0.5, 1.0]), "regression", LabelError, r"regression on 3 outputs needs 3 values .* set num_labels"),
     (torch.tensor([0.5, 1.0]), "single_label_classification", LabelError, "3 classes need integers"),
     (torch.tensor([0.5, 1.0]), "multi_label_classification", LabelError, r"pass a \[batch, 3\] float tensor"),
     (torch.tensor([0, 1]), "ranking", ConfigError, "problem_type 'ranking' does not exist"),
