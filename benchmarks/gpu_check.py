@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu"]
 BENCHES = ("prefix_attention", "rows", "linear", "scaling", "disentangled_attention", "deberta_step")    # beside train_step
 HELPS = ("compile",)                     # stages that only spare others time: they may fail
+TOTAL = 465.0                            # seconds of all stages; ending the last one and the report take the rest of eight minutes
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SMALL = [f"tests/gpu/test_kernels_on_gpu.py::test_{name}" for name in (
     "row_ops[333-1024-0.1-dtype0]", "gelu[none-dtype0]", "attention_dropout[lengths0-16-dtype0]",
@@ -92,7 +93,7 @@ def sanitizers(log: Path, limit: float) -> int:
 
 
 def stages(results: Path) -> dict[str, tuple[Any, float]]:
-    """Name -> (what runs it, given a log and a limit; the limit in seconds). Together at most eight minutes."""
+    """Name -> (what runs it, given a log and a limit; the limit in seconds), in order of weight. Together they get TOTAL."""
     bench, files = [*PYTEST, "-s", "--benchmark-only"], [f"benchmarks/bench_{name}.py" for name in BENCHES]
     train = ["-k", "not compiled", "benchmarks/bench_train_step.py"]
     kept = ["--results", str(results)]
@@ -102,18 +103,18 @@ def stages(results: Path) -> dict[str, tuple[Any, float]]:
             "S128-P16-D64-bf16-dropout", "--output", str(results / "tuned")]
     built = {"PTV2_BUILD_NATIVE": "1", "PTV2_BUILD_CUDA": "1"}             # else a failure is a warning
     return {
-        "build": (lambda log, limit: run([sys.executable, "setup.py", "build_ext", "--inplace"], log, limit, **built), 65),
-        "tests": (lambda log, limit: sharded([*PYTEST, "tests/gpu"], log, limit), 85),
+        "build": (lambda log, limit: run([sys.executable, "setup.py", "build_ext", "--inplace"], log, limit, **built), 70),
+        "tests": (lambda log, limit: sharded([*PYTEST, "tests/gpu"], log, limit), 95),
         # not what tunes by timing, as it would time beside others
         "compile": (lambda log, limit: sharded([*bench, "--once", *files, "benchmarks/bench_train_step.py", "-k",
                                                 "not compiled and not GLM and not overhead"], log, limit,
                                                TORCHINDUCTOR_COMPILE_THREADS="2"), 60),
-        "sanitizer": (sanitizers, 45),
-        "train_step": (lambda log, limit: run([*bench, *kept, *train], log, limit), 70),
-        "kernels": (lambda log, limit: run([*bench, *kept, *files], log, limit), 70),
-        "autotuned": (lambda log, limit: run([*bench, *kept, "benchmarks/bench_autotuned.py"], log, limit), 45),
-        "memory": (lambda log, limit: run(profile, log, limit), 20),
-        "tune": (lambda log, limit: run(tune, log, limit), 20),
+        "sanitizer": (sanitizers, 50),
+        "train_step": (lambda log, limit: run([*bench, *kept, *train], log, limit), 80),
+        "kernels": (lambda log, limit: run([*bench, *kept, *files], log, limit), 80),
+        "autotuned": (lambda log, limit: run([*bench, *kept, "benchmarks/bench_autotuned.py"], log, limit), 80),
+        "memory": (lambda log, limit: run(profile, log, limit), 40),
+        "tune": (lambda log, limit: run(tune, log, limit), 40),
     }
 
 
@@ -143,14 +144,15 @@ def main() -> int:
     return 0 if reported and all(stage["exit_code"] == 0 for name, stage in found.items() if name not in HELPS) else 1
 
 
-def run_stages(chosen: dict[str, tuple[Any, float]], scratch: Path) -> tuple[dict[str, Any], str]:
-    """What became of each stage, and their logs, of long ones the end."""
+def run_stages(chosen: dict[str, tuple[Any, float]], scratch: Path, total: float = TOTAL) -> tuple[dict[str, Any], str]:
+    """What became of each stage, and their logs, of long ones the end. total: seconds for all; what others left, a stage gets."""
     found: dict[str, Any] = {}
-    logs = []
+    logs, end = [], time.perf_counter() + total
     for name, (stage, limit) in chosen.items():
         started, log = time.perf_counter(), scratch / f"{name}.log"
-        code = stage(log, limit)
-        text = log.read_text(errors="replace") if log.is_file() else ""
+        limit = min(limit, round(end - started))
+        code = stage(log, limit) if limit > 0 else 124
+        text = log.read_text(errors="replace") if log.is_file() else "" if limit > 0 else "no time was left"
         lines = text.strip().splitlines()
         found[name] = {"exit_code": code, "seconds": round(time.perf_counter() - started, 1), "limit": limit,
                        "last_line": "".join(lines[-1:])[-200:], "log_end": [] if code == 0 else lines[-40:]}

@@ -279,4 +279,7 @@ def test_gpu_check_ends_a_stage_at_its_limit_and_lets_it_write(tmp_path):
     started = time.monotonic()
     assert gpu_check.run([sys.executable, "-c", script], tmp_path / "log", 2.0) == 124
     assert time.monotonic() - started < 30 and "rows written" in (tmp_path / "log").read_text()
-    assert sum(limit for _, limit in gpu_check.stages(tmp_path).values()) <= 480
+    waits = lambda log, limit: gpu_check.run([sys.executable, "-c", script], log, limit)
+    found, _ = gpu_check.run_stages({"first": (waits, 60), "second": (waits, 60)}, tmp_path, total=2)
+    assert [stage["exit_code"] for stage in found.values()] == [124, 124]
+    assert found["first"]["limit"] == 2 and found["second"]["last_line"] == "no time was left" and gpu_check.TOTAL < 480
