@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--require-gpu"]
 BENCHES = ("prefix_attention", "rows", "linear", "scaling", "disentangled_attention", "deberta_step")    # beside train_step
 HELPS = ("compile",)                     # stages that only spare others time: they may fail
-TOTAL = 465.0                            # seconds of all stages; ending the last one and the report take the rest of eight minutes
+TOTAL = 465.0                            # seconds of all stages; ending the last one and the report take the rest of 480
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SMALL = [f"tests/gpu/test_kernels_on_gpu.py::test_{name}" for name in (
     "row_ops[333-1024-0.1-dtype0]", "gelu[none-dtype0]", "attention_dropout[lengths0-16-dtype0]",
