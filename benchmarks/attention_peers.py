@@ -88,7 +88,7 @@ def ours(case: Attention, seed: int, attend: Callable[..., Tensor] = ops.prefix_
                     lambda r: [r[0], *(x for g in r[1:2] for x in g.unbind(1)), *(g[0] for g in r[2:])])
 
 
-def sdpa_padded(case: Attention, seed: int) -> InputSet:
+def sdpa_padded(case: Attention, seed: int, compiled: bool = False) -> InputSet:
     """PyTorch's SDPA (its own choice of kernel) on padded queries and keys that the prefix was concatenated to."""
     qkv, prefix, dout = case.draw(seed)
     q, k, v, *prefixes = leaves_of(*(case.padded(x) for x in qkv.unbind(1)), *(p.transpose(0, 1).contiguous() for p in prefix))
@@ -101,6 +101,8 @@ def sdpa_padded(case: Attention, seed: int) -> InputSet:
                         for p, x in zip(prefixes if case.P else (None, None), (k, v), strict=True))
         return F.scaled_dot_product_attention(q, keys, values, mask)
 
+    if compiled:
+        call = torch.compile(call, dynamic=False, fullgraph=True)
     return InputSet(call, [q, k, v, *(prefixes if case.P else [])], case.padded(dout), case.packed)
 
 

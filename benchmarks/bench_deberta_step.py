@@ -38,11 +38,7 @@ def models(version: str, dtype: torch.dtype, device: str):
     base = deberta_base(version)
     ours = PromptedModel.from_pretrained(base, num_labels=2, prompt=PromptConfig(PROMPT), dtype=dtype, device=device)
     peer = PatchedDeberta(copy.deepcopy(base), PROMPT).to(device)
-    with torch.no_grad():
-        c = ours.encoder.config
-        peer.prefix.copy_(ours.prompt.bank[0].view(PROMPT, c.num_layers, 2, c.num_heads, c.head_dim).permute(1, 2, 0, 3, 4))
-        for mine, theirs in ((ours.head.dense, peer.model.pooler.dense), (ours.head.classifier, peer.model.classifier)):
-            theirs.load_state_dict(mine.state_dict())
+    peer.take_trained(ours)
     return ours, peer
 
 

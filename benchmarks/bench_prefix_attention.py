@@ -47,6 +47,7 @@ def test_prefix_attention(compare, request, model, kind, P, device, dtype, direc
         in_short = (model, kind) in (("BERT-large", "128"), ("BERT-large", "rte"))
         flex = {"FlexAttention packed, autotuned": functools.partial(flex_packed, autotune=True)} if full_grid else {
             "FlexAttention packed, default tiles": flex_packed if in_short else None}
+        flex["SDPA cat, padded, torch.compile"] = functools.partial(sdpa_padded, compiled=True) if full_grid else None
     attention_contest(compare, model, kind, P, device, dtype, direction, flex)
 
 

@@ -47,6 +47,28 @@ def test_add_norm(compare, request, model, device, dtype, dropout, direction):
             backend=ops.backend_for("add_norm", device, dtype).backend)
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
+def test_add_norm_sum(compare, request, model, device, dtype, direction):
+    """The pre-LN layer's: the sum goes on as the residual stream, and its gradient comes back beside the norm's."""
+    H, T = SHAPES[model][0], TOKENS[device]
+    weight, bias = torch.rand(H, device=device).to(dtype), torch.randn(H, device=device).to(dtype)
+
+    def stock(x, residual):
+        total = x + residual
+        return F.layer_norm(total, (H,), weight, bias, 1e-12), total
+
+    made = on(2, device, dtype, H, H, outputs=2)
+    contestants = {"ptv2": made(lambda x, r: ops.add_norm_sum(x, r, weight, bias, 1e-12)), "torch": made(stock)}
+    if device == "cuda":
+        contestants["torch.compile"] = made(torch.compile(stock, dynamic=False, fullgraph=True)) if (
+            compiles(request, model)) else left_out
+    passes = {"forward": 5, "backward": 4, "both": 9}[direction]
+    contest(compare, f"add_norm_sum {direction}  {model} T={T} {short(dtype)}", contestants, direction, device,
+            4 * T * H * dtype.itemsize, most=SETS, op="add_norm_sum", model=model, dtype=short(dtype), tokens=T, flops=8 * T * H,
+            bytes=passes * T * H * dtype.itemsize, backend=ops.backend_for("add_norm", device, dtype).backend)
+
+
 @pytest.mark.parametrize("model, device, dtype", on_cpu_and_gpu(*GRID))
 def test_embedding(compare, request, model, device, dtype):
     H, T = SHAPES[model][0], TOKENS[device]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.deberta_peer import patched_step
 from benchmarks.measure import attempt
 from benchmarks.models import (
     DTYPES,
@@ -103,6 +104,7 @@ GPU_FULL = [(model, data, batch, 20) for model in ("MiniLM", "BERT-base", "BERT-
             for data in ("rte", "mnli", "squad") for batch in (16, 32, 64) if (model, data, batch, 20) not in GPU_SHORT]
 PEERS = ("BERT-base", "BERT-large", "RoBERTa-large", "MiniLM")         # families that PEFT's prefix tuning takes
 NO_PEER = {"PEFT padded": "takes no prefix into this family", "FlexAttention packed": "written for BERT and RoBERTa"}
+PATCHED = "patched transformers, autocast"
 
 
 @pytest.mark.gpu
@@ -127,7 +129,7 @@ def gpu_step(compare, model: str, data: str, size: int | str, P: int, wanted: tu
     packed, padded = batch_of(lengths, config["vocab_size"], multiple=8)          # peers' products like it
     memory: dict[str, int] = {}
     skipped = {name: reason for name, reason in NO_PEER.items() if model not in PEERS}
-    if model in PEERS:
+    if model in PEERS or model.startswith("DeBERTa"):
         base = stock_model(config, dtype, "cuda")
         ours = PromptedModel.from_pretrained(base, num_labels=2, prompt=PromptConfig(P), dtype=dtype, device="cuda").train()
     else:
@@ -136,7 +138,9 @@ def gpu_step(compare, model: str, data: str, size: int | str, P: int, wanted: tu
     # name -> how it is built, and what of its memory is there already: peak memory is of a step by itself
     builders: dict[str, tuple[Any, int | None]] = {"ptv2 op by op": (functools.partial(our_step, ours, packed), held),
                                                    "ptv2": (functools.partial(our_replayed_step, ours, packed), None)}
-    if base is not None:
+    if model.startswith("DeBERTa"):
+        builders[PATCHED] = functools.partial(patched_step, base, ours, packed, padded), 0
+    elif base is not None:
         peft = functools.partial(peft_step, base, ours, packed, padded)
         peers = {"PEFT padded": (peft, 0), "PEFT padded, torch.compile": (functools.partial(peft, compiled=True), 0),
                  "FlexAttention packed": (functools.partial(flex_step, ours, packed), held)}

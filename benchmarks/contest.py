@@ -28,9 +28,9 @@ SETS = 8                         # of the ops on rows: at most so many input set
 class InputSet:
     """One set of inputs of a contestant: call() is the forward; leaves get gradients; dout is the gradient of its output."""
 
-    call: Callable[[], Tensor]
+    call: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: list[Tensor]
-    dout: Tensor | None
+    dout: Tensor | tuple[Tensor, ...] | None
     common: Callable[[list[Tensor]], list[Tensor]] = list      # its output, and its gradients if made, in the layout of ours
 
     def both(self) -> tuple[Tensor, ...]:
@@ -40,19 +40,23 @@ class InputSet:
         """Output, and gradients, as they are compared."""
         out = self.call()
         gradients = torch.autograd.grad(out, self.leaves, self.dout) if backward else ()
-        return [x.detach() for x in self.common([out, *gradients])]
+        outs = out if isinstance(out, tuple) else (out,)
+        return [x.detach() for x in self.common([*outs, *gradients])]
 
 
 Builder = Callable[[int], InputSet]
 
 
-def on(inputs: int, device: str, dtype: torch.dtype, width: int, out_width: int) -> Callable[[Callable[..., Tensor]], Builder]:
-    """on(..)(function): a contestant that calls the function with so many inputs [T, width], for an output [T, out_width]."""
-    def contestant(function: Callable[..., Tensor]) -> Builder:
+def on(inputs: int, device: str, dtype: torch.dtype, width: int, out_width: int,
+       outputs: int = 1) -> Callable[[Callable[..., Any]], Builder]:
+    """on(..)(function): a contestant that calls the function with so many inputs [T, width], for so many outputs [T, out_width]
+    (a tuple of several)."""
+    def contestant(function: Callable[..., Any]) -> Builder:
         def build(seed: int) -> InputSet:
             generator = torch.Generator(device).manual_seed(seed)
             draw = lambda columns: torch.randn(TOKENS[device], columns, device=device, generator=generator).to(dtype)
-            leaves, dout = [draw(width).requires_grad_() for _ in range(inputs)], draw(out_width)
+            leaves = [draw(width).requires_grad_() for _ in range(inputs)]
+            dout = draw(out_width) if outputs == 1 else tuple(draw(out_width) for _ in range(outputs))
             return InputSet(lambda: function(*leaves), leaves, dout)
         return build
     return contestant

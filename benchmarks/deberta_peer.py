@@ -7,11 +7,17 @@ module's code, padded. Only the prefix and the head require grad, so autograd co
 
 from __future__ import annotations
 
+import copy
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from benchmarks.models import moved, same_loss, stepper
+from ptv2_engine import PromptedModel
 
 
 def _attention_v1(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor, output_attentions: bool = False,
@@ -64,3 +70,33 @@ class PatchedDeberta(nn.Module):
         for layer, prefix in zip(self.model.deberta.encoder.layer, self.prefix_dropout(self.prefix).unbind(0), strict=True):
             layer.attention.self.prefix = prefix
         return self.model(**inputs)
+
+    def take_trained(self, ours: PromptedModel) -> None:
+        """The prompt and the head of one of our models."""
+        c = ours.encoder.config
+        with torch.no_grad():
+            rows = ours.prompt.bank[0].view(-1, c.num_layers, 2, c.num_heads, c.head_dim)
+            self.prefix.copy_(rows.permute(1, 2, 0, 3, 4))
+            for mine, theirs in ((ours.head.dense, self.model.pooler.dense), (ours.head.classifier, self.model.classifier)):
+                theirs.load_state_dict(mine.state_dict())
+
+    def train_in_fp32(self) -> PatchedDeberta:
+        """What trains in fp32, as ours has it, whatever the frozen weights are in."""
+        for p in self.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+        return self
+
+
+def patched_step(base: nn.Module, ours: PromptedModel, packed: dict[str, Any], padded: dict[str, Any]) -> Callable[[], None]:
+    """A training step of the patched model in bf16, frozen weights and autocast. base: the transformers model that ours has its
+    weights of. Raises AssertionError where the two losses differ."""
+    packed, padded = (moved(batch, str(ours.device)) for batch in (packed, padded))
+    peer = PatchedDeberta(copy.deepcopy(base), ours.prompt_config.prompt_length).to(ours.device).train_in_fp32()
+    peer.take_trained(ours)
+    with torch.no_grad(), torch.autocast(ours.device.type, torch.bfloat16):
+        losses = [float(model.eval()(**batch).loss) for model, batch in ((ours, packed), (peer, padded))]
+    ours.train()
+    peer.train()
+    same_loss(*losses, 2e-2)
+    trained = [p for p in peer.parameters() if p.requires_grad]
+    return stepper(peer, trained, torch.optim.AdamW(trained, 1e-3, fused=True), padded, True)

@@ -104,13 +104,14 @@ def peft_model(base: nn.Module, P: int) -> nn.Module:
 
 
 def stock_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> nn.Module:
-    """transformers' classifier of the same shape (BERT, RoBERTa), random weights, SDPA."""
+    """transformers' classifier of the same shape (BERT, RoBERTa, DeBERTa), random weights, SDPA where it has that."""
     import transformers
 
     torch.manual_seed(0)
     known = transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "architectures"})
     with torch.device(device):
-        return transformers.AutoModelForSequenceClassification.from_config(known, dtype=dtype, attn_implementation="sdpa")
+        return transformers.AutoModelForSequenceClassification.from_config(
+            known, dtype=dtype, attn_implementation="eager" if "deberta" in known.model_type else "sdpa")
 
 
 def peft_step(base: nn.Module, ours: PromptedModel, packed: dict[str, Any], padded: dict[str, Any],

@@ -17,9 +17,9 @@ from typing import Any
 RESULTS, DOCS = Path(__file__).parent / "results", Path(__file__).parent.parent / "docs" / "performance.md"
 MARKS = ("<!-- report.py: begin -->", "<!-- report.py: end -->")
 OPS = {"train_step": "Training steps", "trainer": "The Trainer over the raw replay", "prefix_attention": "Prefix attention",
-       "disentangled_attention": "Disentangled attention", "add_norm": "Row kernels", "embedding": "Row kernels",
-       "dropout": "Row kernels", "rotary": "Row kernels", "linear_gelu": "Linear layers", "linear_geglu": "Linear layers",
-       "frozen_linear": "Linear layers", "lm_head": "Linear layers"}
+       "disentangled_attention": "Disentangled attention",
+       **dict.fromkeys(("add_norm", "add_norm_sum", "embedding", "dropout", "rotary"), "Row kernels"),
+       **dict.fromkeys(("linear_gelu", "linear_geglu", "frozen_linear", "lm_head"), "Linear layers")}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 Row = dict[str, Any]
 
