@@ -133,19 +133,25 @@ def main() -> int:
 
     results, started = args.results.resolve(), time.time()
     results.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"what": "gpu-check", "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+                              "date": datetime.date.today().isoformat(), "commit": commit(), "command": " ".join(sys.argv)}
+
+    def keep(found: dict[str, Any]) -> None:
+        record["stages"] = found
+        (results / "gpu-check.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    chosen = {name: stage for name, stage in stages(results).items() if name in (args.only or (name,))}
     with tempfile.TemporaryDirectory() as scratch:
-        found, logs = run_stages({name: stage for name, stage in stages(results).items() if name in (args.only or (name,))},
-                                 Path(scratch))
-    record = {"what": "gpu-check", "device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(),
-              "commit": commit(), "torch": torch.__version__, "command": " ".join(sys.argv), "stages": found}
-    (results / "gpu-check.json").write_text(json.dumps(record, indent=1) + "\n")
+        found, logs = run_stages(chosen, Path(scratch), keep=keep)
     (results / "gpu-check.log").write_text(logs)
     reported = report(record, results, started)
     return 0 if reported and all(stage["exit_code"] == 0 for name, stage in found.items() if name not in HELPS) else 1
 
 
-def run_stages(chosen: dict[str, tuple[Any, float]], scratch: Path, total: float = TOTAL) -> tuple[dict[str, Any], str]:
-    """What became of each stage, and their logs, of long ones the end. total: seconds for all; what others left, a stage gets."""
+def run_stages(chosen: dict[str, tuple[Any, float]], scratch: Path, total: float = TOTAL,
+               keep: Any = lambda found: None) -> tuple[dict[str, Any], str]:
+    """What became of each stage, and their logs, of long ones the end. total: seconds for all; what others left, a stage gets.
+    keep: called with what is known behind each stage."""
     found: dict[str, Any] = {}
     logs, end = [], time.perf_counter() + total
     for name, (stage, limit) in chosen.items():
@@ -156,6 +162,7 @@ def run_stages(chosen: dict[str, tuple[Any, float]], scratch: Path, total: float
         lines = text.strip().splitlines()
         found[name] = {"exit_code": code, "seconds": round(time.perf_counter() - started, 1), "limit": limit,
                        "last_line": "".join(lines[-1:])[-200:], "log_end": [] if code == 0 else lines[-40:]}
+        keep(found)
         logs.append(f"==== {name}\n{text[-200_000:]}")
         print(f"{name}: {outcome(code)} in {found[name]['seconds']} s  {found[name]['last_line']}", flush=True)
     return found, "\n".join(logs)

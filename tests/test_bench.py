@@ -263,7 +263,9 @@ def test_gpu_check_fails_with_any_stage_and_says_which(tmp_path):
     both = lambda script: {str(i): [sys.executable, "-c", code] for i, code in enumerate((script, "0"))}
     stages = {name: (lambda log, limit, script=script: gpu_check.failure(gpu_check.together(both(script), log, limit)), 20)
               for name, script in ends.items()}
-    found, logs = gpu_check.run_stages(stages, scratch)
+    kept: list[list[str]] = []
+    found, logs = gpu_check.run_stages(stages, scratch, keep=lambda found: kept.append(list(found)))
+    assert kept == [["good"], ["good", "bad"]]
     assert found["good"]["exit_code"] == 0 and found["bad"]["exit_code"] < 0 and "broke" in "".join(found["bad"]["log_end"])
     assert "==== good" in logs and "fine" in logs
     record = {"device": "a GPU", "date": "today", "commit": "c0ffee", "torch": "2", "command": "gpu_check", "stages": found}
